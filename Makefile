@@ -1,0 +1,64 @@
+# On a fresh machine (python3 with venv, g++, make, git) `make demo` and `make test` are all there is to do.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip --disable-pip-version-check
+SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py CMakeLists.txt pyproject.toml
+LINTED := engine kernels bench demo tests setup.py
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' 2>/dev/null)
+
+# `make gpu` must also run where nothing can be installed: it takes the venv only where there is one.
+GPU_PYTHON ?= $(if $(wildcard $(PY)),$(PY),$(PYTHON))
+
+.PHONY: setup demo demo-long test test-full lint format bench gpu clean
+
+setup: $(VENV)/.built
+
+$(VENV)/.requirements: requirements.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.requirements $(SOURCES)
+	$(PIP) install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+demo: setup
+	$(PY) demo/fetch.py
+	$(PY) demo/run.py
+
+demo-long: setup
+	$(PY) demo/fetch.py
+	$(PY) demo/run.py --long
+
+test: setup
+	$(PY) demo/fetch.py --quiet
+	$(PY) -m pytest -m "not slow and not gpu"
+
+test-full: setup
+	$(PY) demo/fetch.py --quiet
+	$(PY) -m pytest -m "not gpu"
+
+lint: setup
+	$(BIN)/ruff check $(LINTED)
+	$(BIN)/ruff format --check $(LINTED)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+format: setup
+	$(BIN)/ruff check --fix $(LINTED)
+	$(BIN)/ruff format $(LINTED)
+	$(BIN)/clang-format -i $(CPP)
+
+bench: setup
+	$(PY) -m bench
+
+gpu:
+	PYTHONPATH=engine:kernels $(GPU_PYTHON) -m bench.gpu
+
+clean:
+	rm -rf $(VENV) build dist demo-runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find engine kernels -name '*.so' -delete
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,173 @@
+// Compiled once per instruction set, with MOORING_ISA naming the namespace and the compiler flags
+// the instructions. Everything here lies in that namespace and nothing from the standard library's
+// templates is used: an inline function shared by name with another translation unit could be linked
+// in its AVX-512 form and run on a CPU without it.
+#include "cpu/row_kernels.h"
+
+#include "cpu/vec.h"
+
+namespace mooring {
+namespace MOORING_ISA {
+namespace {
+
+constexpr int64_t W = Vec::width;
+
+// Calls full(i) for whole vectors and tail(i, count) for the rest, if any.
+template <typename Full, typename Tail>
+inline void for_each_vec(int64_t n, Full full, Tail tail) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) full(i);
+    if (i < n) tail(i, static_cast<int>(n - i));
+}
+
+// sum over i of term(vector of row elements); two accumulators hide the latency of the addition.
+// term(i) loads a whole vector, tail(i, count) one whose missing lanes contribute zero.
+template <typename Term, typename Tail>
+inline float reduce_sum(int64_t n, Term term, Tail tail) {
+    Vec even = Vec::broadcast(0.0f), odd = Vec::broadcast(0.0f);
+    int64_t i = 0;
+    for (; i + 2 * W <= n; i += 2 * W) {
+        even = term(i, even);
+        odd = term(i + W, odd);
+    }
+    if (i + W <= n) {
+        even = term(i, even);
+        i += W;
+    }
+    if (i < n) odd = tail(i, static_cast<int>(n - i), odd);
+    return (even + odd).sum();
+}
+
+template <typename T>
+float sum_of_squares(const void* x_void, int64_t n) {
+    const T* x = static_cast<const T*>(x_void);
+    auto term = [&](Vec v, Vec acc) { return fma(v, v, acc); };
+    return reduce_sum(
+        n, [&](int64_t i, Vec acc) { return term(Vec::load(x + i), acc); },
+        [&](int64_t i, int count, Vec acc) { return term(Vec::load(x + i, count, 0.0f), acc); });
+}
+
+template <typename T>
+float dot(const void* x_void, const float* y, int64_t n) {
+    const T* x = static_cast<const T*>(x_void);
+    return reduce_sum(
+        n, [&](int64_t i, Vec acc) { return fma(Vec::load(x + i), Vec::load(y + i), acc); },
+        [&](int64_t i, int count, Vec acc) {
+            return fma(Vec::load(x + i, count, 0.0f), Vec::load(y + i, count, 0.0f), acc);
+        });
+}
+
+template <typename T>
+void accumulate(float* acc, float a, const void* x_void, int64_t n) {
+    const T* x = static_cast<const T*>(x_void);
+    const Vec factor = Vec::broadcast(a);
+    for_each_vec(
+        n, [&](int64_t i) { fma(factor, Vec::load(x + i), Vec::load(acc + i)).store(acc + i); },
+        [&](int64_t i, int count) {
+            fma(factor, Vec::load(x + i, count, 0.0f), Vec::load(acc + i, count, 0.0f)).store(acc + i, count);
+        });
+}
+
+template <typename T>
+void subtract(float* out, const void* x_void, const float* y, int64_t n) {
+    const T* x = static_cast<const T*>(x_void);
+    for_each_vec(
+        n, [&](int64_t i) { (Vec::load(x + i) - Vec::load(y + i)).store(out + i); },
+        [&](int64_t i, int count) {
+            (Vec::load(x + i, count, 0.0f) - Vec::load(y + i, count, 0.0f)).store(out + i, count);
+        });
+}
+
+template <typename Out, typename T>
+void scale(void* out_void, const void* x_void, float s, int64_t n) {
+    Out* out = static_cast<Out*>(out_void);
+    const T* x = static_cast<const T*>(x_void);
+    const Vec factor = Vec::broadcast(s);
+    for_each_vec(
+        n, [&](int64_t i) { (Vec::load(x + i) * factor).store(out + i); },
+        [&](int64_t i, int count) { (Vec::load(x + i, count, 0.0f) * factor).store(out + i, count); });
+}
+
+template <typename T>
+void combine(void* out_void, float a, const void* g_void, float b, const void* x_void, int64_t n) {
+    T* out = static_cast<T*>(out_void);
+    const T* g = static_cast<const T*>(g_void);
+    const T* x = static_cast<const T*>(x_void);
+    const Vec va = Vec::broadcast(a), vb = Vec::broadcast(b);
+    for_each_vec(
+        n, [&](int64_t i) { fma(va, Vec::load(g + i), vb * Vec::load(x + i)).store(out + i); },
+        [&](int64_t i, int count) {
+            fma(va, Vec::load(g + i, count, 0.0f), vb * Vec::load(x + i, count, 0.0f)).store(out + i, count);
+        });
+}
+
+float add_and_sum_squares(float* y, const float* x, int64_t n) {
+    return reduce_sum(
+        n,
+        [&](int64_t i, Vec acc) {
+            const Vec v = Vec::load(y + i) + Vec::load(x + i);
+            v.store(y + i);
+            return fma(v, v, acc);
+        },
+        [&](int64_t i, int count, Vec acc) {
+            const Vec v = Vec::load(y + i, count, 0.0f) + Vec::load(x + i, count, 0.0f);
+            v.store(y + i, count);
+            return fma(v, v, acc);
+        });
+}
+
+float maximum(const float* x, int64_t n) {
+    const float lowest = -__builtin_inff();
+    Vec best = Vec::broadcast(lowest);
+    for_each_vec(
+        n, [&](int64_t i) { best = max(best, Vec::load(x + i)); },
+        [&](int64_t i, int count) { best = max(best, Vec::load(x + i, count, lowest)); });
+    return best.maximum();
+}
+
+float sum(const float* x, int64_t n) {
+    return reduce_sum(
+        n, [&](int64_t i, Vec acc) { return acc + Vec::load(x + i); },
+        [&](int64_t i, int count, Vec acc) { return acc + Vec::load(x + i, count, 0.0f); });
+}
+
+float sum_exp(const float* x, float shift, int64_t n) {
+    const Vec offset = Vec::broadcast(shift);
+    // a lane of -inf gives exp = 0; it is subtracted first only where shift is finite, so the tail
+    // is padded after the subtraction
+    return reduce_sum(
+        n, [&](int64_t i, Vec acc) { return acc + exp(Vec::load(x + i) - offset); },
+        [&](int64_t i, int count, Vec acc) {
+            float padded[W];
+            (Vec::load(x + i, count, 0.0f) - offset).store(padded);
+            return acc + exp(Vec::load(padded, count, -__builtin_inff()));
+        });
+}
+
+void softmax_grad(float* out, const float* x, float lse, float uniform, float s, int64_t n) {
+    const Vec offset = Vec::broadcast(lse), floor = Vec::broadcast(uniform), factor = Vec::broadcast(s);
+    for_each_vec(
+        n, [&](int64_t i) { (factor * (exp(Vec::load(x + i) - offset) - floor)).store(out + i); },
+        [&](int64_t i, int count) {
+            (factor * (exp(Vec::load(x + i, count, 0.0f) - offset) - floor)).store(out + i, count);
+        });
+}
+
+}  // namespace
+
+const RowKernels row_kernels = {
+    {sum_of_squares<float>, sum_of_squares<Bf16>},
+    {dot<float>, dot<Bf16>},
+    {accumulate<float>, accumulate<Bf16>},
+    {subtract<float>, subtract<Bf16>},
+    {{scale<float, float>, scale<float, Bf16>}, {scale<Bf16, float>, scale<Bf16, Bf16>}},
+    {combine<float>, combine<Bf16>},
+    add_and_sum_squares,
+    maximum,
+    sum,
+    sum_exp,
+    softmax_grad,
+};
+
+}  // namespace MOORING_ISA
+}  // namespace mooring

@@ -1,0 +1,222 @@
+"""TOML recipe + ``key=value`` overrides -> one checked RunConfig, and back to TOML.
+
+Relative paths, in a recipe or an override, are relative to the current folder, as in a shell. The same
+key given twice: the later override wins, and any override wins over the recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ValidationError
+
+from mooring.config.keys import DEFAULT_METHOD, SECTIONS, SHORTHANDS, all_keys, nearest
+from mooring.config.schema import RunConfig
+from mooring.errors import ConfigError
+
+_Flat = dict[str, Any]
+
+
+def load_config(recipe: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration that a recipe and overrides describe.
+
+    An override that names another method than the recipe replaces the recipe's whole ``method`` table.
+    With no recipe and ``resume=RUN``, the base is ``RUN/config.toml`` and ``out`` is RUN.
+
+    Args:
+        recipe: a TOML file, or the bare name of a shipped recipe (see ``shipped_recipes``).
+        overrides: ``key=value`` texts. A value is read as TOML where it parses (``3``, ``true``,
+            ``[0.9, 0.95]``), else as plain text; ``none`` resets an optional key. ``data=DIR`` and
+            ``method=NAME`` are short for ``data.path`` and ``method.name``.
+
+    Raises:
+        ConfigError: lists every unknown key, wrong type and value out of range, one line each.
+    """
+    problems: list[str] = []
+    given = _parse_overrides(overrides, problems)
+    resume = given.get("resume")
+    if recipe is None and resume not in (None, "auto") and (Path(resume) / "config.toml").is_file():
+        base = _read(Path(resume) / "config.toml") | {"out": str(resume)}
+    else:
+        base = _read(_find_recipe(recipe)) if recipe is not None else {}
+    return _build(_merge(base, given), problems)
+
+
+def config_from_toml(text: str) -> RunConfig:
+    """The configuration written by ``to_toml``: ``config_from_toml(to_toml(c)) == c``.
+
+    Raises:
+        ConfigError: as ``load_config``.
+    """
+    return _build(_parse(text, "the configuration"), [])
+
+
+def to_toml(config: RunConfig) -> str:
+    """All settings as TOML, with defaults; keys that are None are left out."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def shipped_recipes() -> dict[str, Traversable]:
+    """Bare name -> file of the recipes that come with the package."""
+    folder = files("mooring.config") / "recipes"
+    found = (entry for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return {entry.name.removesuffix(".toml"): entry for entry in sorted(found, key=lambda entry: entry.name)}
+
+
+def _find_recipe(recipe: Path | str) -> Traversable:
+    path = Path(recipe).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise ConfigError(
+            f"{recipe}: expected a recipe (a TOML file), got a folder; for a folder of images write data={recipe}"
+        )
+    shipped = shipped_recipes()
+    if str(recipe) in shipped:
+        return shipped[str(recipe)]
+    close = nearest(str(recipe), tuple(shipped))
+    raise ConfigError(
+        f"{recipe}: no such recipe file; shipped recipes are {', '.join(shipped)}"
+        + (f", the nearest is {close}" if close else "")
+        + "; a setting is written key=value"
+    )
+
+
+def _read(file: Traversable) -> _Flat:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"{file}: cannot be read as text: {err}") from None
+    return _parse(text, str(file))
+
+
+def _parse(text: str, origin: str) -> _Flat:
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as err:
+        raise ConfigError(f"{origin}: not valid TOML: {err}") from None
+    return dict(_flatten(tree))
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        key = prefix + name
+        if isinstance(value, Mapping):
+            yield from _flatten(value, key + ".")
+        else:
+            yield SHORTHANDS.get(key, key), value
+
+
+def _parse_overrides(overrides: Sequence[str], problems: list[str]) -> _Flat:
+    given: _Flat = {}
+    for override in overrides:
+        key, equals, raw = override.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            problems.append(f"{override}: got {_shown(override)}; expected key=value, as in train.epochs=20")
+        else:
+            given.update(_override(key, raw.strip()))
+    return given
+
+
+def _override(key: str, raw: str) -> Iterable[tuple[str, Any]]:
+    name = SHORTHANDS.get(key, key)
+    known = all_keys().get(name)
+    if known is not None and known.optional and raw.lower() in ("none", "null"):
+        return [(name, None)]
+    try:
+        tree = tomllib.loads(f"value = {raw}")
+        value = tree["value"] if set(tree) == {"value"} else raw
+    except tomllib.TOMLDecodeError:
+        value = raw
+    if isinstance(value, Mapping):
+        return _flatten(value, key + ".")
+    if known is not None and known.text and not isinstance(value, str):
+        value = raw  # data=2024 names a folder, not a number
+    return [(name, value)]
+
+
+def _merge(base: _Flat, given: _Flat) -> _Flat:
+    before = base.get("method.name", DEFAULT_METHOD)
+    if given.get("method.name", before) != before:
+        base = {key: value for key, value in base.items() if not key.startswith("method.")}
+    return base | given
+
+
+def _build(flat: _Flat, problems: list[str]) -> RunConfig:
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        problem = _unknown(key, value, flat.get("method.name", DEFAULT_METHOD))
+        if problem is not None:
+            problems.append(problem)
+            continue
+        *parents, leaf = key.split(".")
+        table = tree
+        for parent in parents:
+            table = table.setdefault(parent, {})
+        table[leaf] = value
+    if "data" not in tree:
+        tree["data"] = {}  # so that its missing path is reported like any other key
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as err:
+        problems += _explain(err, flat)
+    else:
+        if not problems:
+            return config
+    count = "1 setting is wrong" if len(problems) == 1 else f"{len(problems)} settings are wrong"
+    raise ConfigError("\n  ".join([f"{count}:", *problems]))
+
+
+def _unknown(key: str, value: Any, method: Any) -> str | None:
+    """What is wrong with the key itself, or None."""
+    names = all_keys()
+    known = names.get(key)
+    if known is None:
+        got = f"{key}: got {_shown(value)}; "
+        if key in SECTIONS:
+            example = next(name for name in names if name.startswith(key + "."))
+            return got + f"expected a table of settings, such as {example}"
+        close = nearest(key, tuple(names))
+        return got + "there is no such key" + (f", the nearest is {close}" if close else "")
+    if known.methods and method in names["method.name"].choices and method not in known.methods:
+        owners = " and ".join(known.methods)
+        return f"{key}: got {_shown(value)}; method {method} has no such key, it belongs to {owners}"
+    return None
+
+
+def _explain(err: ValidationError, flat: _Flat) -> list[str]:
+    lines: dict[str, str] = {}
+    for problem in err.errors(include_url=False):
+        where = [part for part in problem["loc"] if isinstance(part, str)]
+        if where[0] == "method" and len(where) > 1:
+            del where[1]  # the union's tag
+        key = ".".join(where)
+        if problem["type"].startswith("union_tag"):
+            key = "method.name"
+        known = all_keys().get(key)
+        if problem["type"] == "value_error":
+            got = f"got {_shown(flat[key])}; " if key in flat else ""
+            lines[key] = f"{key}: {got}{problem['ctx']['error']}"
+        elif problem["type"] == "missing" and key == "data.path":
+            lines[key] = "data: got nothing; expected the images: add data=DIR"
+        else:
+            expected = known.expected if known is not None else problem["msg"]
+            line = f"{key}: got {_shown(flat.get(key))}; expected {expected}"
+            close = nearest(str(flat.get(key)), known.choices) if known is not None else None
+            lines[key] = line + (f"; the nearest is {close}" if close else "")
+    return list(lines.values())
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."

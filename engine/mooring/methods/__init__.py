@@ -1,0 +1,1 @@
+"""Fine-tuning methods, each importable alone: ``from mooring.methods.dr_tune import DRTune``."""

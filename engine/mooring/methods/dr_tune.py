@@ -1,0 +1,211 @@
+"""DR-Tune: distribution regularisation with semantic calibration (Zhou, Chen, Huang, ICCV 2023).
+
+The head must classify the tuned features of the batch and, at the same time, a bank of features
+that the frozen pretrained encoder gave for earlier images, moved to where the tuned features lie
+now. The regulariser touches the head alone: the encoder is never tied to its old weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from mooring.config.method_settings import DRTuneSettings
+from mooring.data.batch import Batch
+from mooring.methods.bank import BankSpec, FeatureBank
+from mooring.methods.base import At, Method, Needs, SetupContext, StateTree, StepOutput
+from mooring.methods.classification import batch_metrics
+from mooring.models.batchnorm import frozen_copy
+from mooring_kernels import bank_cross_entropy, calibrate, procrustes_rotation
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class DRTune(Method):
+    """``L = (sum_i CE(W f(x_i) + b, y_i) + sum_k CE(W v_k + b, l_k)) / (B + n)``.
+
+    ``v_k = s * vhat_k / |vhat_k|`` with ``vhat_k = R (p_k - m_{l_k}) + mu_{l_k}``: p_k is the unit
+    frozen feature of bank row k, m_c and mu_c are the frozen and the confidence-weighted tuned class
+    means, R is the orthogonal map from the frozen onto the tuned features, s the mean feature norm
+    of the batch, n the number of valid bank rows. No gradient reaches v_k.
+
+    With ``loss_form="mean"`` (default, the public code) the gradient of the encoder is that of plain
+    fine-tuning times B / (B + n); ``"paper"`` is eq. 14, larger by 1 + n / B. With SGD a learning rate
+    belongs to one form; with AdamW and LAMB the scale cancels.
+
+    Source: arXiv 2308.12058, eq. 5-14; deviations of the public code are options of ``DRTuneSettings``.
+
+    Args:
+        encoder: pretrained at this moment: the frozen copy is taken from it here.
+        head: D -> C.
+        settings: ``DRTuneSettings``.
+        label_smoothing: applied to batch rows and bank rows alike.
+    """
+
+    Config: ClassVar[type[BaseModel]] = DRTuneSettings
+    name: ClassVar[str] = "dr_tune"
+    needs: ClassVar[Needs] = Needs(frozen_encoder=True, warm_up=True, mixing=False)
+    settings: DRTuneSettings
+    rotation: Tensor | None
+
+    def __init__(
+        self, encoder: nn.Module, head: nn.Linear, settings: BaseModel, *, label_smoothing: float = 0.0
+    ) -> None:
+        super().__init__(encoder, head, settings, label_smoothing=label_smoothing)
+        # In a tuple, so that it is no submodule: never wrapped, saved, trained or put in train mode.
+        self._frozen = (frozen_copy(encoder),)
+        self._bank = self._empty_bank(head.weight.device)
+        self.rotation = None
+
+    @property
+    def bank(self) -> FeatureBank:
+        return self._bank
+
+    @property
+    def frozen_encoder(self) -> nn.Module:
+        return self._frozen[0]
+
+    def _empty_bank(self, device: torch.device) -> FeatureBank:
+        width = self.head.in_features
+        spec = BankSpec(
+            self.settings.bank_size, {"frozen": width, "tuned": width}, _DTYPES[self.settings.bank_dtype]
+        )
+        return FeatureBank(spec, device=device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DRTune:
+        super()._apply(fn, recurse)
+        self.frozen_encoder._apply(fn)  # follows .to(device), though it is no submodule
+        device = self.head.weight.device
+        if self._bank.view().labels.device != device:
+            moved = self._empty_bank(device)
+            moved.load_state_dict(self._bank.state_dict())
+            self._bank = moved
+        if self.rotation is not None:
+            self.rotation = self.rotation.to(device)
+        return self
+
+    @torch.no_grad()
+    def setup(self, context: SetupContext) -> None:
+        """Fills both banks with frozen features: at most K rows, at most one pass over the images.
+
+        The tuned bank then equals the frozen one, and the identity is the exact rotation.
+        """
+        rows = self.settings.bank_size
+        if rows == 0:
+            return
+        for batch in context.warm_up():
+            with context.autocast():
+                features = self._frozen_features(batch.images)
+            room = rows - len(self.bank)
+            self.bank.push(
+                {"frozen": features[:room], "tuned": features[:room]}, batch.labels[:room], batch.ids[:room]
+            )
+            if len(self.bank) >= rows:
+                break
+
+    def _frozen_features(self, images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            features = self.frozen_encoder(images)
+        return features.float().clone()  # the clone is an ordinary tensor, usable in ops with autograd
+
+    def _rotates(self, at: At) -> bool:
+        """Whether the bank is rotated in this step: a matter of the global step alone."""
+        mode = self.settings.rotation
+        return mode != "off" and (mode != "skip" or at.step % self.settings.rotation_period == 0)
+
+    @torch.no_grad()
+    def before_step(self, at: At) -> None:
+        mode = self.settings.rotation
+        if mode == "off" or len(self.bank) == 0:
+            return
+        period = 1 if mode == "every_step" else self.settings.rotation_period
+        if at.step % period == 0 or self.rotation is None:
+            bank = self.bank.view()
+            self.rotation = procrustes_rotation(
+                bank["frozen"],
+                bank["tuned"],
+                bank.labels,
+                ridge=self.settings.rotation_ridge,
+                solver=self.settings.rotation_solver,
+                centred=self.settings.rotation_centred,
+                det_fix=self.settings.rotation_det_fix,
+            )
+
+    def forward(self, batch: Batch, at: At) -> StepOutput:
+        features = self.encoder(batch.images)
+        frozen = self._frozen_features(batch.images) if self.settings.bank_size else None
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.float()
+            loss, logits = self._loss(features, batch.labels, at)
+        metrics = batch_metrics(loss, logits, batch.labels)
+        if frozen is None:
+            return StepOutput(loss, logits, metrics)
+        return StepOutput(loss, logits, metrics, {"frozen": frozen, "tuned": features.detach()})
+
+    def _loss(self, features: Tensor, labels: Tensor, at: At) -> tuple[Tensor, Tensor]:
+        """Loss and logits [B, C] for fp32 features [B, D]. Reads the head's parameters: call inside forward."""
+        settings, head = self.settings, self.head
+        bank = self.bank.view()
+        valid = labels >= 0
+        # mean over the valid rows: a padding row must not pull the scale
+        norms = torch.linalg.vector_norm(features.detach(), dim=1) * valid
+        scale = norms.sum() / valid.sum().clamp_min(1)
+        calibrated = calibrate(
+            bank["frozen"],
+            bank["tuned"],
+            bank.labels,
+            head.weight.detach(),
+            self.rotation if self._rotates(at) else None,
+            scale,
+            cga_scale=settings.cga_scale,
+            translation=settings.translation,
+        )
+        smoothing = self.label_smoothing
+        if at.micros == 1 and settings.loss_form == "mean":
+            return bank_cross_entropy(
+                features, labels, calibrated, bank.labels, head.weight, head.bias,
+                label_smoothing=smoothing, return_logits=True,
+            )  # fmt: skip
+        # The engine averages micro-batches, so each one counts the bank once and its own rows `micros`
+        # times: their average is (sum over all batch rows + sum over the bank) / (A B + n).
+        batch_mean, logits = bank_cross_entropy(
+            features, labels, calibrated[:0], bank.labels[:0], head.weight, head.bias,
+            label_smoothing=smoothing, return_logits=True,
+        )  # fmt: skip
+        bank_mean = bank_cross_entropy(
+            features[:0], labels[:0], calibrated, bank.labels, head.weight, head.bias,
+            label_smoothing=smoothing,
+        )  # fmt: skip
+        rows = valid.sum().clamp_min(1) * at.micros
+        bank_rows = (bank.labels >= 0).sum()
+        normaliser = rows if settings.loss_form == "paper" else rows + bank_rows
+        return (rows * batch_mean + bank_rows * bank_mean) / normaliser, logits
+
+    @torch.no_grad()
+    def after_step(self, outputs: list[StepOutput], batches: list[Batch], at: At) -> None:
+        if self.settings.bank_size == 0:
+            return
+        for output, batch in itertools.zip_longest(outputs, batches):
+            self.bank.push(output.push, batch.labels, batch.ids)
+
+    def head_lr_multiplier(self, batch_size: int, optimizer: str) -> float:
+        """1 + K / B for SGD, where the head's batch is larger by the bank's rows; scale-free optimizers need none."""
+        if optimizer == "sgd":
+            return 1 + self.settings.bank_size / batch_size
+        return super().head_lr_multiplier(batch_size, optimizer)
+
+    def extra_state(self) -> StateTree:
+        state: dict[str, Any] = {"bank": self.bank.state_dict()}
+        if self.rotation is not None:
+            state["rotation"] = self.rotation.clone()
+        return state
+
+    def load_extra_state(self, state: StateTree) -> None:
+        self.bank.load_state_dict(state["bank"])
+        rotation = state.get("rotation")
+        self.rotation = None if rotation is None else rotation.to(self.head.weight.device)

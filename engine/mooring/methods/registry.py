@@ -1,0 +1,45 @@
+"""Methods by name: a fixed table, never an import path from a file."""
+
+from __future__ import annotations
+
+import difflib
+
+from torch import nn
+
+from mooring.config.method_settings import Settings
+from mooring.errors import ConfigError
+from mooring.methods.base import Method
+from mooring.methods.dr_tune import DRTune
+from mooring.methods.fine_tune import FineTune
+from mooring.methods.linear_probe import LinearProbe
+from mooring.methods.lp_ft import LPFT
+
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (FineTune, LinearProbe, LPFT, DRTune)}
+
+
+def method_class(name: str) -> type[Method]:
+    """The class registered as ``name``.
+
+    Raises:
+        ConfigError: no such method; the nearest name is given.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"method.name: got {name!r}, expected one of {', '.join(METHODS)}{hint}")
+
+
+def build_method(
+    settings: Settings, encoder: nn.Module, head: nn.Linear, *, label_smoothing: float = 0.0
+) -> Method:
+    """The method that ``settings`` describe, around ``encoder`` and ``head``.
+
+    Args:
+        settings: an instance of one method's ``Config``; its ``name`` chooses the class.
+        encoder: pretrained, maps [B, 3, H, W] to [B, D].
+        head: D -> C.
+        label_smoothing: share of each target spread evenly over the classes.
+    """
+    cls = method_class(str(getattr(settings, "name", "")))
+    return cls(encoder, head, settings, label_smoothing=label_smoothing)

@@ -1,0 +1,118 @@
+"""The folder of one run: where it lies, whether it can be written, and its small files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mooring.config.schema import RunConfig
+from mooring.errors import RunFolderError
+from mooring.report.records import write_json_atomic, write_text_atomic
+
+# Room for two copies of a large model's weights and the logs of a long run; a smaller run needs far less,
+# but a disk this full fails sooner or later, and it is better to know before hours are spent.
+MINIMUM_FREE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """A run folder that exists.
+
+    It holds ``config.toml`` (resolved), ``environment.json``, ``metrics.jsonl``, ``result.json``,
+    ``confusion.json``, ``tensorboard/``, pictures, ``manifest/``, ``state/`` and ``model/``.
+    """
+
+    path: Path
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a small file as a whole."""
+        write_text_atomic(self.path / name, text)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes strict JSON as a whole; non-finite numbers become words."""
+        write_json_atomic(self.path / name, value)
+
+    def read_json(self, name: str) -> Any:
+        """The content of a JSON file.
+
+        Raises:
+            RunFolderError: it is not there, or not JSON.
+        """
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunFolderError(f"{self.path}: expected {name}, got none: the run did not end") from None
+        except ValueError as err:
+            raise RunFolderError(f"{self.path / name}: expected JSON, got {err}") from None
+
+
+def default_run_name(config: RunConfig, now: datetime | None = None) -> str:
+    """``<data>-<model>-<method>-<time>``, safe as a folder name on every system."""
+    data = config.data.path.resolve()
+    words = [data.stem or "data", config.model.name.removeprefix("local-dir:"), config.method.name]
+    words[1] = Path(words[1]).name
+    safe = [re.sub(r"[^\w.]+", "_", word).strip("._") or "x" for word in words]
+    return "-".join([*(word[:40] for word in safe), (now or datetime.now()).strftime("%Y%m%d-%H%M%S")])
+
+
+def open_run_folder(path: Path, *, resume: bool = False, need_bytes: int = MINIMUM_FREE_BYTES) -> RunFolder:
+    """Creates the folder of a fresh run, or opens that of a run to continue.
+
+    Args:
+        path: the run folder; parents are made.
+        resume: the folder holds an earlier part of this run; otherwise it must be empty or absent.
+        need_bytes: free disk space to insist on.
+
+    Raises:
+        RunFolderError: it is a file, holds something else, cannot be written, or the disk is nearly full.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"out: expected a folder, got the file {path}: choose another out=")
+    if resume:
+        _require_run(path)
+    elif path.is_dir() and any(path.iterdir()):
+        raise RunFolderError(
+            f"out: expected a new or empty folder, got {path}, which is not empty: choose another out=, "
+            f"or continue that run with resume={path}"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass  # permission bits lie (root, network file systems, quotas): only a write tells
+    except OSError as err:
+        raise RunFolderError(
+            f"out: expected a folder that can be written, got {path}: {err.strerror}; choose another out="
+        ) from None
+    free = shutil.disk_usage(path).free
+    if free < need_bytes:
+        raise RunFolderError(
+            f"out: expected at least {need_bytes / 1e9:.1f} GB free for {path}, got {free / 1e9:.1f} GB: "
+            "free some space, or choose another out="
+        )
+    return RunFolder(path)
+
+
+def existing_run(path: Path) -> RunFolder:
+    """The folder of a finished or interrupted run, for reading.
+
+    Raises:
+        RunFolderError: it is not a run folder.
+    """
+    _require_run(path)
+    return RunFolder(path)
+
+
+def _require_run(path: Path) -> None:
+    if (path / "config.toml").is_file():
+        return
+    if not path.exists():
+        got = "nothing"
+    else:
+        got = "a folder without config.toml" if path.is_dir() else "a file"
+    raise RunFolderError(f"{path}: expected a run folder (written by mooring train), got {got}")

@@ -1,0 +1,103 @@
+"""The state of a run: what it holds and how it is put back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mooring.errors import RunFolderError
+from mooring.state.rng import capture_rng, restore_rng
+from mooring.state.tree import load_tree, save_tree
+
+if TYPE_CHECKING:
+    from mooring.train.engine import Engine
+
+# Settings that may differ between the two halves of a run without changing what is computed.
+_FREE = frozenset({"out", "resume", "report"})
+
+
+def engine_state(engine: Engine) -> dict[str, Any]:
+    """Parameters, optimizer, banks, data position, random streams, counters of ``engine``."""
+    return {
+        "step": engine.global_step,
+        "method": dict(engine.method.state_dict()),
+        "extra": engine.method.extra_state(),
+        "optimizer": _optimizer_state(engine.optimizer),
+        "ema": None if engine.ema is None else engine.ema.state_dict(),
+        "source": engine.train_source.state_dict(),
+        "mixer": engine.mixer.state_dict(),
+        "best": engine.best.state_dict(),
+        "rng": capture_rng(),
+        "manifest": engine.parts.manifest.digest,
+        "config": _comparable(engine),
+    }
+
+
+def restore_engine(engine: Engine, state: dict[str, Any]) -> None:
+    """Puts ``state`` into a freshly built engine of the same settings and data.
+
+    Raises:
+        RunFolderError: the state belongs to other settings or other data.
+    """
+    here = _comparable(engine)
+    differing = sorted(k for k in here.keys() | state["config"].keys() if here.get(k) != state["config"].get(k))
+    if differing:
+        lines = [f"{k}: saved {state['config'].get(k)}, now {here.get(k)}" for k in differing]
+        raise RunFolderError("the saved run has other settings; resume with the same ones:\n  " + "\n  ".join(lines))
+    if state["manifest"] != engine.parts.manifest.digest:
+        raise RunFolderError(
+            f"the saved run was trained on another list of images (manifest {state['manifest'][:12]}, "
+            f"now {engine.parts.manifest.digest[:12]}): restore the data or start a new run"
+        )
+    engine.method.load_state_dict(state["method"])
+    engine.method.load_extra_state(state["extra"])
+    _load_optimizer_state(engine.optimizer, state["optimizer"])
+    if engine.ema is not None:
+        engine.ema.load_state_dict(state["ema"])
+    engine.train_source.load_state_dict(state["source"])
+    engine.mixer.load_state_dict(state["mixer"])
+    engine.best.load_state_dict(state["best"])
+    engine.global_step = int(state["step"])
+    restore_rng(state["rng"])
+
+
+def save(engine: Engine, folder: Path) -> Path:
+    """Writes the engine's state into ``folder``; an earlier state there is replaced only once this one is whole."""
+    save_tree(folder, engine_state(engine), replace=True)
+    return folder
+
+
+def resume(engine: Engine, folder: Path) -> None:
+    """Loads the state in ``folder`` into ``engine``."""
+    engine.load_state_dict(load_tree(folder))
+
+
+def _comparable(engine: Engine) -> dict[str, str]:
+    """Dotted settings as text, without those that change nothing."""
+    flat: dict[str, str] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            flat[prefix] = repr(value)
+
+    walk("", {k: v for k, v in engine.config.model_dump(mode="json").items() if k not in _FREE})
+    flat.pop("data.workers", None)  # decoding order does not depend on it
+    return flat
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Per-parameter state in the order of the groups (JSON keys are strings, so a list, not a dict of ints)."""
+    saved = optimizer.state_dict()
+    count = sum(len(g["params"]) for g in saved["param_groups"])
+    return {"state": [saved["state"].get(i) for i in range(count)]}
+
+
+def _load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    fresh = optimizer.state_dict()
+    fresh["state"] = {i: s for i, s in enumerate(state["state"]) if s is not None}
+    optimizer.load_state_dict(fresh)

@@ -1,0 +1,249 @@
+"""The engine: one object that builds a run from its configuration, steps it and fits it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mooring.config.schema import RunConfig
+from mooring.data.batch import Batch, DataSource
+from mooring.methods.base import At, SetupContext, StepOutput
+from mooring.train import checkpoint
+from mooring.train.assembly import Parts, assemble
+from mooring.train.evaluate import EvalResult, evaluate
+from mooring.train.mixer import Mixer
+from mooring.train.results import RunPlan, RunResult, StepResult
+from mooring.train.seeding import seed_everything
+from mooring.train.selection import BestEpoch
+
+
+class Engine:
+    """Trains one method on one data set.
+
+    Use ``Engine.build(config).fit()`` for a whole run, or ``engine.step(batch)`` in a loop of your own::
+
+        engine = Engine.build(RunConfig(data="photos"))
+        for batch in engine.train_source:
+            result = engine.step(batch)
+
+    Attributes:
+        method: the trained module (encoder, head, auxiliary parts).
+        train_source, val_source, test_source: batches; ``test_source`` is None without a test split.
+        global_step: optimizer steps done.
+    """
+
+    def __init__(self, config: RunConfig, parts: Parts) -> None:
+        self.config = config
+        self.parts = parts
+        self.method = parts.method
+        self.backend = parts.backend
+        self.optimizer = parts.optimizer
+        self.schedule = parts.schedule
+        self.ema = parts.ema
+        self.train_source = parts.train_source
+        self.val_source = parts.val_source
+        self.test_source = parts.test_source
+        self.global_step = 0
+        self.best = BestEpoch()
+        self.mixer = Mixer(config.train.mixup, config.train.cutmix, parts.num_classes, config.seed)
+        self._ready = False
+
+    @classmethod
+    def build(cls, config: RunConfig) -> Engine:
+        """Builds everything a run needs; nothing is written to the run folder yet.
+
+        Raises:
+            MooringError: settings, data or weights cannot be used; says what to do.
+        """
+        seed_everything(config.seed)
+        if config.train.threads is not None:
+            torch.set_num_threads(config.train.threads)
+        return cls(config, assemble(config))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.parts.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        return self.parts.total_steps
+
+    def plan(self) -> RunPlan:
+        """What ``fit`` would do."""
+        return self.parts.plan()
+
+    # ---------------------------------------------------------------- one step
+
+    def prepare(self) -> None:
+        """Runs the method's set-up once (bank warm-up, feature statistics); ``step`` and ``fit`` call it."""
+        if self._ready:
+            return
+        self._ready = True
+        self.method.train()
+        self.method.setup(
+            SetupContext(
+                device=self.backend.device,
+                warm_up=self._warm_up_batches,
+                train_size=self.parts.train_images,
+                batch_size=self.config.train.batch_size * self.config.train.accumulate,
+                total_steps=self.total_steps,
+                steps_per_epoch=self.steps_per_epoch,
+                autocast=self.backend.autocast,
+                seed=self.config.seed,
+            )
+        )
+
+    def _warm_up_batches(self) -> Iterator[Batch]:
+        source = self.parts.warm_up_source()
+        try:
+            for batch in source:
+                yield batch.to(self.backend.device)
+        finally:
+            source.close()
+
+    def _at(self, micro: int = 0, micros: int = 1) -> At:
+        return At(
+            step=self.global_step,
+            epoch=self.global_step // self.steps_per_epoch,
+            steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps,
+            micro=micro,
+            micros=micros,
+        )
+
+    def step(self, batch: Batch | Sequence[Batch]) -> StepResult:
+        """One optimizer step on one batch, or on several micro-batches whose gradients are averaged.
+
+        Args:
+            batch: a batch, or the micro-batches of one accumulation group.
+        """
+        self.prepare()
+        if not self.method.training:
+            self.method.train()
+        group = [batch] if isinstance(batch, Batch) else list(batch)
+        if not group:
+            raise ValueError("step needs at least one batch, got an empty sequence")
+        micros = len(group)
+        lr = self._set_learning_rates()
+        self.method.before_step(self._at(0, micros))
+        outputs: list[StepOutput] = []
+        placed: list[Batch] = []
+        for micro, item in enumerate(group):
+            moved = self.mixer(item.to(self.backend.device))
+            with self.backend.autocast():
+                output = self.method(moved, self._at(micro, micros))
+            self.backend.backward(output.loss / micros)
+            outputs.append(output)
+            placed.append(moved)
+        metrics = _sum_metrics(outputs)
+        if self.config.train.clip_grad_norm is not None:
+            trained = [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
+            metrics["grad_norm"] = self.backend.clip(trained, self.config.train.clip_grad_norm)
+        self.backend.step(self.optimizer)
+        self.method.after_step(outputs, placed, self._at(0, micros))
+        if self.ema is not None:
+            self.ema.update(self.method)
+        result = StepResult(self.global_step, metrics["loss"], metrics, outputs[-1].logits.detach(), lr)
+        self.global_step += 1
+        return result
+
+    def _set_learning_rates(self) -> float:
+        """Sets every group's rate for this step; returns the backbone's (the head's where nothing else is trained)."""
+        self.schedule.set(self.global_step)
+        factors = self.method.lr_factors(self._at())
+        for group in self.optimizer.param_groups:
+            group["lr"] *= factors.get(group["role"], 1.0)
+        return float(self.optimizer.param_groups[-1 if self.parts.head_only else 0]["lr"])
+
+    # ---------------------------------------------------------------- evaluation
+
+    def evaluate(self, source: DataSource, *, averaged: bool = True) -> EvalResult:
+        """Top-1, top-5, mean per class, calibration error and loss on ``source``.
+
+        Args:
+            source: one pass of it is evaluated.
+            averaged: use the weight EMA where the run keeps one.
+        """
+        was_training = self.method.training
+        self.method.eval()
+        try:
+            if self.ema is None or not averaged:
+                return self._evaluate(source)
+            with self.ema.applied_to(self.method):
+                return self._evaluate(source)
+        finally:
+            self.method.train(was_training)
+
+    def _evaluate(self, source: DataSource) -> EvalResult:
+        return evaluate(
+            self.method.predict,
+            source,
+            self.parts.num_classes,
+            device=self.backend.device,
+            autocast=self.backend.autocast,
+        )
+
+    # ---------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the rest of the run depends on, valid between any two steps."""
+        return checkpoint.engine_state(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        checkpoint.restore_engine(self, state)
+        self._ready = True
+
+    def save(self, folder: Path) -> Path:
+        """Writes the state into ``folder`` (replaced as a whole) and returns it."""
+        return checkpoint.save(self, folder)
+
+    def resume(self, folder: Path) -> None:
+        """Continues from a state written by ``save``.
+
+        Raises:
+            RunFolderError: the state is incomplete, damaged, or of a run with other settings.
+        """
+        checkpoint.resume(self, folder)
+
+    # ---------------------------------------------------------------- the whole run
+
+    def epoch_groups(self) -> Iterator[list[Batch]]:
+        """The rest of the current epoch in accumulation groups; the last group may be smaller."""
+        group: list[Batch] = []
+        for batch in self.train_source:
+            group.append(batch)
+            if len(group) == self.config.train.accumulate:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def fit(self) -> RunResult:
+        """Trains, validates every epoch, keeps the best epoch, tests it once, exports it.
+
+        Ctrl-C ends the run early and leaves a valid run folder.
+
+        Raises:
+            MooringError: the run cannot go on; what was finished is kept.
+        """
+        from mooring.train.fit import fit
+
+        return fit(self)
+
+    def close(self) -> None:
+        """Stops the data sources' background work."""
+        for source in (self.train_source, self.val_source, self.test_source):
+            if source is not None:
+                source.close()
+
+
+def _sum_metrics(outputs: Iterable[StepOutput]) -> dict[str, Tensor]:
+    outputs = list(outputs)
+    names = outputs[0].metrics
+    total = {name: torch.stack([o.metrics[name] for o in outputs]).sum(0) for name in names}
+    total["loss"] = total["loss"] / len(outputs)
+    return total

@@ -1,0 +1,75 @@
+"""What the engine returns: a plan before the run, a result per step, a result at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from mooring.train.evaluate import EvalResult
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """What a run will do, known before it starts (``mooring train --dry-run``)."""
+
+    train_images: int
+    val_images: int
+    test_images: int
+    classes: int
+    steps_per_epoch: int
+    total_steps: int
+    feature_dim: int
+    parameters: int
+    trainable_parameters: int
+    model: str
+    method: str
+    device: str
+    precision: str
+    source: str
+    lr: float
+    head_lr: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One optimizer step. Tensors stay on the device: reading one waits for it.
+
+    Attributes:
+        step: index of the step that was done.
+        loss: scalar, mean over the micro-batches.
+        metrics: sums over the micro-batches of what the method reports, except ``loss`` (mean).
+        logits: [B, C] of the last micro-batch, detached.
+        lr: backbone learning rate of the step.
+    """
+
+    step: int
+    loss: Tensor
+    metrics: Mapping[str, Tensor]
+    logits: Tensor
+    lr: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """The end of a run.
+
+    Attributes:
+        run: the run folder.
+        best_epoch: epoch with the best validation top-1 (the earlier one of equals, the lower loss first).
+        val: validation result of that epoch.
+        test: its result on the test split, evaluated once, where there is one.
+        images_per_second: training images over the time spent in training steps, waiting for data included.
+        seconds: whole run, evaluation included.
+        interrupted: the user stopped it; everything up to the last finished step is kept.
+    """
+
+    run: Path
+    best_epoch: int | None
+    val: EvalResult | None
+    test: EvalResult | None
+    images_per_second: float
+    seconds: float
+    interrupted: bool = False

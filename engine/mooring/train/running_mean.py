@@ -1,0 +1,39 @@
+"""Metrics of many steps, summed on the device and read once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class RunningMetrics:
+    """Sums device scalars over steps without waiting for them; ``drain`` is the only host sync.
+
+    ``rows`` and ``correct`` become ``top1``; every other metric becomes its mean over the steps.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            total = self._sums.get(name)
+            self._sums[name] = value.clone() if total is None else total + value
+        self._steps += 1
+
+    def drain(self) -> dict[str, float]:
+        """Means since the last drain; empty where nothing was added."""
+        if self._steps == 0:
+            return {}
+        names = list(self._sums)
+        values = torch.stack([self._sums[n].float() for n in names]).tolist()
+        sums = dict(zip(names, values, strict=True))
+        steps, self._steps, self._sums = self._steps, 0, {}
+        rows, correct = sums.pop("rows", 0.0), sums.pop("correct", 0.0)
+        means = {name: value / steps for name, value in sums.items()}
+        if rows:
+            means["top1"] = correct / rows
+        return means

@@ -1,0 +1,186 @@
+"""Softmax cross-entropy over rows in Triton: online softmax forward, recomputed softmax backward, in fp32.
+
+The logits come from the library's GEMM. The forward reads them once; the backward reads them once and writes
+the gradient to memory of its own, never over the logits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mooring_kernels.runtime.triton_launch import blocked_row_tile, on_device_of
+
+
+@triton.jit(do_not_specialize=["N"])
+def softmax_cross_entropy_rows_fwd_kernel(
+    logits_ptr: tl.tensor,
+    labels_ptr: tl.tensor,
+    loss_ptr: tl.tensor,
+    lse_ptr: tl.tensor,
+    N: int,
+    label_smoothing: float,
+    C: tl.constexpr,
+    stride_logits_n: tl.constexpr,
+    stride_logits_c: tl.constexpr,
+    stride_labels_n: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    label = tl.load(labels_ptr + rows * stride_labels_n, mask=rows < N, other=-1)  # [BLOCK_N]
+    valid = (label >= 0) & (label < C)  # masked rows are not read: an empty slot may hold anything
+
+    peak = tl.full([BLOCK_N], float("-inf"), dtype=tl.float32)  # largest logit so far
+    total = tl.zeros([BLOCK_N], dtype=tl.float32)  # sum of exp(logit - peak)
+    shifted = tl.zeros([BLOCK_N], dtype=tl.float32)  # sum of logit - peak, for the smoothed target
+    for first in range(0, C, BLOCK_C):
+        columns = first + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+        inside = valid[:, None] & (columns < C)[None, :]  # [BLOCK_N, BLOCK_C]
+        logits = tl.load(
+            logits_ptr + rows[:, None] * stride_logits_n + columns[None, :] * stride_logits_c,
+            mask=inside,
+            other=float("-inf"),
+        ).to(tl.float32)  # [BLOCK_N, BLOCK_C]
+        raised = tl.maximum(peak, tl.max(logits, axis=1))  # [BLOCK_N]
+        origin = tl.where(raised == float("-inf"), 0.0, raised)  # -inf - -inf would be NaN
+        total = total * tl.exp(peak - origin) + tl.sum(tl.exp(logits - origin[:, None]), axis=1)
+        if SMOOTHED:
+            moved = tl.where(peak == float("-inf"), 0.0, peak - origin)  # [BLOCK_N]
+            shifted += first * moved + tl.sum(tl.where(inside, logits - origin[:, None], 0.0), axis=1)
+        peak = raised
+
+    log_total = tl.log(tl.where(valid, total, 1.0))  # [BLOCK_N]
+    target = tl.load(logits_ptr + rows * stride_logits_n + label * stride_logits_c, mask=valid, other=0.0).to(
+        tl.float32
+    )  # [BLOCK_N]
+    # Everything relative to the peak: a common shift of the logits costs no digits.
+    loss = log_total - (1.0 - label_smoothing) * (target - peak)  # [BLOCK_N]
+    if SMOOTHED:
+        loss -= label_smoothing * (shifted / C)
+    tl.store(loss_ptr + rows, tl.where(valid, loss, 0.0), mask=rows < N)
+    tl.store(lse_ptr + rows, tl.where(valid, peak + log_total, 0.0), mask=rows < N)
+
+
+@triton.jit(do_not_specialize=["N"])
+def softmax_cross_entropy_rows_bwd_kernel(
+    logits_ptr: tl.tensor,
+    labels_ptr: tl.tensor,
+    lse_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    grad_logits_ptr: tl.tensor,
+    N: int,
+    label_smoothing: float,
+    C: tl.constexpr,
+    stride_logits_n: tl.constexpr,
+    stride_logits_c: tl.constexpr,
+    stride_labels_n: tl.constexpr,
+    stride_grad_logits_n: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+) -> None:
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    label = tl.load(labels_ptr + rows * stride_labels_n, mask=rows < N, other=-1)  # [BLOCK_N]
+    valid = (label >= 0) & (label < C)
+    in_tile = (rows < N)[:, None] & (columns < C)[None, :]  # [BLOCK_N, BLOCK_C]
+    inside = in_tile & valid[:, None]  # [BLOCK_N, BLOCK_C]
+    lse = tl.load(lse_ptr + rows, mask=rows < N, other=0.0)  # [BLOCK_N]
+    logits = tl.load(
+        logits_ptr + rows[:, None] * stride_logits_n + columns[None, :] * stride_logits_c,
+        mask=inside,
+        other=0.0,
+    ).to(tl.float32)  # [BLOCK_N, BLOCK_C]
+    softmax = tl.exp(logits - lse[:, None])  # [BLOCK_N, BLOCK_C]
+    target = tl.where(columns[None, :] == label[:, None], 1.0 - label_smoothing, 0.0) + label_smoothing / C
+    grad = tl.load(scale_ptr).to(tl.float32) * (softmax - target)  # [BLOCK_N, BLOCK_C]
+    tl.store(
+        grad_logits_ptr + rows[:, None] * stride_grad_logits_n + columns[None, :],
+        tl.where(inside, grad, 0.0).to(grad_logits_ptr.dtype.element_ty),
+        mask=in_tile,
+    )
+
+
+def softmax_cross_entropy_rows_fwd(
+    logits: Tensor, labels: Tensor, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of every row, and the log-sum-exp that the backward needs.
+
+    Args:
+        logits: [N, C] fp32, bf16 or fp16, any strides.
+        labels: [N] int64; a row whose label lies outside [0, C) is not read.
+        label_smoothing: mass spread evenly over the classes, in [0, 1].
+
+    Returns:
+        loss_rows [N] fp32, 0 on masked rows; lse [N] fp32, 0 on masked rows.
+    """
+    rows, classes = logits.shape
+    loss_rows = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    lse = torch.empty_like(loss_rows)
+    if rows == 0 or classes == 0:
+        return loss_rows.zero_(), lse.zero_()
+    tile = blocked_row_tile(classes)
+    with on_device_of(logits):
+        softmax_cross_entropy_rows_fwd_kernel[(triton.cdiv(rows, tile.rows),)](
+            logits,
+            labels,
+            loss_rows,
+            lse,
+            rows,
+            float(label_smoothing),
+            C=classes,
+            stride_logits_n=logits.stride(0),
+            stride_logits_c=logits.stride(1),
+            stride_labels_n=labels.stride(0),
+            SMOOTHED=label_smoothing != 0.0,
+            BLOCK_N=tile.rows,
+            BLOCK_C=tile.columns,
+            num_warps=tile.warps,
+        )
+    return loss_rows, lse
+
+
+def softmax_cross_entropy_rows_bwd(
+    logits: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, label_smoothing: float
+) -> Tensor:
+    """``scale * (softmax - smoothed one-hot)`` for every row.
+
+    Args:
+        logits: [N, C] as in the forward.
+        labels: [N] int64 as in the forward.
+        lse: [N] fp32 from the forward.
+        scale: 0-d tensor on the same device: upstream gradient over the number of valid rows.
+        label_smoothing: as in the forward.
+
+    Returns:
+        grad_logits [N, C] in the dtype of ``logits``, contiguous; zero on masked rows.
+    """
+    rows, classes = logits.shape
+    assert scale.device == logits.device
+    grad_logits = torch.empty((rows, classes), dtype=logits.dtype, device=logits.device)
+    if rows == 0 or classes == 0:
+        return grad_logits
+    tile = blocked_row_tile(classes)
+    grid = (triton.cdiv(rows, tile.rows), triton.cdiv(classes, tile.columns))
+    with on_device_of(logits):
+        softmax_cross_entropy_rows_bwd_kernel[grid](
+            logits,
+            labels,
+            lse,
+            scale,
+            grad_logits,
+            rows,
+            float(label_smoothing),
+            C=classes,
+            stride_logits_n=logits.stride(0),
+            stride_logits_c=logits.stride(1),
+            stride_labels_n=labels.stride(0),
+            stride_grad_logits_n=grad_logits.stride(0),
+            BLOCK_N=tile.rows,
+            BLOCK_C=tile.columns,
+            num_warps=tile.warps,
+        )
+    return grad_logits

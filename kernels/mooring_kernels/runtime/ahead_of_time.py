@@ -1,0 +1,308 @@
+"""Compiles every Triton kernel for a GPU that is not there, and reads what the compiler made of it.
+
+The launchers themselves are run, on CPU tensors, with the launch replaced by a recorder: so what is compiled is exactly
+what a GPU would get (tile shapes, constants, and the alignment of each argument), and no second list of
+configurations can go stale. Run as a program it prints a table and fails if a kernel spills or does not fit:
+
+    python -m mooring_kernels.runtime.ahead_of_time 80 90
+
+Triton's interpreter cannot compile, so this needs a process without TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from mooring_kernels.bank_cross_entropy import gpu as bank_cross_entropy
+from mooring_kernels.calibrate import gpu as calibrate
+from mooring_kernels.class_statistics import gpu as class_statistics
+from mooring_kernels.ring_push import gpu as ring_push
+from mooring_kernels.row_normalise import gpu as row_normalise
+
+MODULES = (row_normalise, ring_push, class_statistics, calibrate, bank_cross_entropy)
+MAX_REGISTERS = 255  # per thread, on every device since sm_35
+# Largest shared memory of one block in bytes, by compute capability. The compiler does not check it, the launch does.
+SHARED_MEMORY_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+_OPTIONS = ("num_warps", "num_stages")
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel as a launcher asked for it: what Triton would specialise the compilation on."""
+
+    name: str  # kernel, then the case that launched it
+    kernel: Any  # triton.JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]  # arguments known to be multiples of 16 (bytes for pointers)
+    options: tuple[tuple[str, int], ...]
+
+    @property
+    def configuration(self) -> tuple[Any, ...]:
+        """Equal for launches that share one compiled binary."""
+        return (self.kernel.__name__, self.signature, self.constants, self.aligned, self.options)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one kernel on one target. Bytes are per thread, shared memory per block."""
+
+    name: str
+    capability: int
+    num_warps: int
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+    shared_bytes: int
+    widest_load_bits: int
+    widest_store_bits: int
+
+    def faults(self) -> list[str]:
+        """Why this kernel may not ship; empty when it may."""
+        limit = SHARED_MEMORY_LIMIT[self.capability]
+        found = []
+        if self.spill_bytes or self.stack_bytes:
+            found.append(f"spills {self.spill_bytes} bytes, {self.stack_bytes} bytes of stack")
+        if self.registers > MAX_REGISTERS:
+            found.append(f"{self.registers} registers, the limit is {MAX_REGISTERS}")
+        if self.shared_bytes > limit:
+            found.append(f"{self.shared_bytes} bytes of shared memory, the limit is {limit}")
+        return [f"{self.name} on sm_{self.capability}: {fault}" for fault in found]
+
+
+def _specialise(name: str, kernel: Any, values: dict[str, Any], options: dict[str, int]) -> Launch:
+    """Applies Triton's own rules: pointers and integers that divide by 16 are aligned, integers equal to 1 are constants."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned = []
+    for parameter in kernel.params:
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = _TYPES[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                aligned.append(parameter.name)
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        elif value == 1 and not parameter.do_not_specialize:
+            signature[parameter.name], constants[parameter.name] = "constexpr", 1
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                aligned.append(parameter.name)
+    return Launch(
+        name,
+        kernel,
+        tuple(signature.items()),
+        tuple(constants.items()),
+        tuple(aligned),
+        tuple(options.items()),
+    )
+
+
+@contextmanager
+def recorded_launches(case: str) -> Iterator[list[Launch]]:
+    """Within it, a Triton launch is written down instead of run; the results of launchers hold garbage."""
+    launches: list[Launch] = []
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {key: kwargs.pop(key) for key in _OPTIONS if key in kwargs}
+        values = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        launches.append(_specialise(f"{self.__name__}[{case}]", self, values, options))
+
+    original = JITFunction.run
+    JITFunction.run = record  # type: ignore[method-assign, assignment]
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original  # type: ignore[method-assign]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+def _cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every launcher at the shapes and dtypes that are used: (name, call)."""
+    floats = (torch.float32, torch.bfloat16)
+    one = torch.ones(())
+    # (rows, features, classes): ResNet-50, ViT-B, ViT-B with ImageNet's classes, ViT-L; odd sizes, where nothing is aligned
+    for rows, width, classes in (
+        (2048, 2048, 200),
+        (2048, 768, 14),
+        (2048, 768, 1000),
+        (2048, 1024, 100),
+        (509, 513, 37),
+    ):
+        for dtype in floats:
+            name = f"K{rows}-D{width}-C{classes}-{_dtype_name(dtype)}"
+            bank = torch.zeros(rows, width, dtype=dtype)
+            labels = torch.zeros(rows, dtype=torch.int64)
+            head, mean = torch.zeros(classes, width), torch.zeros(classes, width)
+            norm = torch.zeros(rows)
+            yield name, functools.partial(row_normalise.row_normalise_fwd, bank, 1e-12)
+            for grad_unit, grad_norm in ((bank, None), (None, norm), (bank, norm)):
+                yield (
+                    name,
+                    functools.partial(
+                        row_normalise.row_normalise_bwd, grad_unit, grad_norm, bank, norm, 1e-12
+                    ),
+                )
+            yield (
+                name,
+                functools.partial(class_statistics.class_statistics_fwd, bank, bank, labels, head, 1.0),
+            )
+            for rotation in (None, torch.zeros(1, 1).expand(width, width)):
+                yield (
+                    name,
+                    functools.partial(calibrate.calibrate_fwd, bank, bank, labels, mean, mean, rotation, one),
+                )
+            for field_dtype, normalise in itertools.product(floats, (True, False)):
+                field, fresh = torch.zeros(64, width, dtype=field_dtype), torch.zeros(64, dtype=torch.int64)
+                yield (
+                    f"{name}-from-{_dtype_name(field_dtype)}",
+                    functools.partial(
+                        ring_push.ring_push_fwd, [bank, bank], labels, [field, field], fresh, 0, normalise
+                    ),
+                )
+    for classes, dtype, smoothing in itertools.product((2, 14, 100, 200, 1000, 21841), floats, (0.0, 0.1)):
+        name = f"C{classes}-{_dtype_name(dtype)}-smooth{smoothing}"
+        logits, labels = torch.zeros(64, classes, dtype=dtype), torch.zeros(64, dtype=torch.int64)
+        lse = torch.zeros(64)
+        yield (
+            name,
+            functools.partial(bank_cross_entropy.softmax_cross_entropy_rows_fwd, logits, labels, smoothing),
+        )
+        yield (
+            name,
+            functools.partial(
+                bank_cross_entropy.softmax_cross_entropy_rows_bwd, logits, labels, lse, one, smoothing
+            ),
+        )
+
+
+def all_launches() -> list[Launch]:
+    """Every distinct kernel configuration that the launchers ask for at the shapes of ``_cases``."""
+    distinct: dict[tuple[Any, ...], Launch] = {}
+    for name, call in _cases():
+        with recorded_launches(name) as launches:
+            call()
+        for launch in launches:
+            distinct.setdefault(launch.configuration, launch)
+    return list(distinct.values())
+
+
+def registered_kernels() -> set[str]:
+    """Names of the kernels that the op folders define: each has to occur in :func:`all_launches`."""
+    return {
+        name
+        for module in MODULES
+        for name, value in vars(module).items()
+        if name.endswith("_kernel") and isinstance(value, JITFunction)
+    }
+
+
+def _widest_access(ptx: str, instruction: str) -> int:
+    """Bits moved by the widest global load ("ld") or store ("st") in the PTX; 0 when there is none."""
+    found = re.findall(rf"{instruction}\.global(?:\.[a-zA-Z0-9_:]+)*?(?:\.v(\d))?\.[bufs](\d+)\s", ptx)
+    return max((int(lanes or 1) * int(bits) for lanes, bits in found), default=0)
+
+
+def compile_launch(launch: Launch, capability: int) -> Compiled:
+    """Compiles one configuration down to machine code for ``sm_<capability>`` and reads its resource use."""
+    names = [name for name, _ in launch.signature]
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=dict(launch.signature),
+        constexprs=dict(launch.constants),
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned},
+    )
+    options = dict(launch.options)
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = kernel.asm["ptx"]
+    usage = _resource_usage(kernel.asm["cubin"])
+    return Compiled(
+        name=launch.name,
+        capability=capability,
+        num_warps=options.get("num_warps", 4),
+        registers=usage["REG"],
+        stack_bytes=usage["STACK"],
+        spill_bytes=usage["LOCAL"],
+        shared_bytes=kernel.metadata.shared,
+        widest_load_bits=_widest_access(ptx, "ld"),
+        widest_store_bits=_widest_access(ptx, "st"),
+    )
+
+
+def _resource_usage(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local (spill) bytes per thread, as cuobjdump reads them from the machine code."""
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run(
+            [str(cuobjdump), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints one line per kernel and target, or JSON lines; returns 1 if any kernel may not ship."""
+    parser = argparse.ArgumentParser(
+        description="Compile all Triton kernels ahead of time and check their resources."
+    )
+    parser.add_argument("capabilities", nargs="*", type=int, default=[80, 90], help="for example 80 90 100")
+    parser.add_argument("--json", action="store_true", help="one JSON object per kernel and target")
+    chosen = parser.parse_args(arguments)
+    unknown = [c for c in chosen.capabilities if c not in SHARED_MEMORY_LIMIT]
+    if unknown:
+        parser.error(f"compute capabilities must be among {sorted(SHARED_MEMORY_LIMIT)}; got {unknown}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: the interpreter cannot compile, unset it")
+    faults: list[str] = []
+    for launch in all_launches():
+        for capability in chosen.capabilities:
+            compiled = compile_launch(launch, capability)
+            faults += compiled.faults()
+            if chosen.json:
+                print(json.dumps(asdict(compiled)))
+            else:
+                print(
+                    f"sm_{capability:<4}{compiled.registers:>4} registers {compiled.shared_bytes:>6} B shared "
+                    f"{compiled.spill_bytes:>4} B spilled  load {compiled.widest_load_bits:>3} bit "
+                    f"store {compiled.widest_store_bits:>3} bit  {compiled.num_warps} warps  {compiled.name}"
+                )
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Triton softmax cross-entropy over rows against its float64 definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+from mooring_kernels.bank_cross_entropy.gpu import (
+    softmax_cross_entropy_rows_bwd,
+    softmax_cross_entropy_rows_fwd,
+)
+
+# one column; odd; several rows per program; more columns than one block holds: the online softmax rescales
+SHAPES = [(1, 1), (5, 10), (33, 200), (3, 1000), (2, 8209)]
+SMOOTHING = [0.0, 0.1]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def definition(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss rows, log-sum-exp, d loss / d logits) in float64; zeros on masked rows."""
+    logits = logits.double()
+    rows, classes = logits.shape
+    valid = (labels >= 0) & (labels < classes)
+    target = torch.full_like(logits, smoothing / classes)
+    target[torch.arange(rows, device=logits.device)[valid], labels[valid]] += 1.0 - smoothing
+    log_softmax = logits.log_softmax(1)
+    loss = torch.where(valid, -(target * log_softmax).sum(1), 0.0)
+    grad = torch.where(valid[:, None], log_softmax.exp() - target, 0.0)
+    return loss, torch.where(valid, logits.logsumexp(1), 0.0), grad
+
+
+def draw(
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    logits = (3.0 * torch.randn(shape, generator=generator)).to(device, dtype)
+    labels = torch.randint(-1, shape[1] + 1, (shape[0],), generator=generator).to(
+        device
+    )  # -1 and C are masked
+    labels[0] = shape[1] - 1
+    return logits, labels
+
+
+@pytest.mark.parametrize("smoothing", SMOOTHING, ids="smooth{}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids="N{0[0]}-C{0[1]}".format)
+def test_forward_and_backward(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    smoothing: float,
+    device: torch.device,
+    generator: torch.Generator,
+    guarded_empty: None,
+    assert_within: Any,
+) -> None:
+    logits, labels = draw(shape, dtype, device, generator)
+    given = logits.clone()
+    loss, lse = softmax_cross_entropy_rows_fwd(logits, labels, smoothing)
+    expected_loss, expected_lse, expected_grad = definition(logits, labels, smoothing)
+    largest = 2.0 * logits.double().abs().max().item() + 1.0
+    operations = shape[1] ** 0.5 + 16
+    assert_within(loss, expected_loss, operations=operations, magnitude=largest)
+    assert_within(lse, expected_lse, operations=operations, magnitude=largest)
+
+    scale = torch.tensor(-1.75, device=device)
+    grad = softmax_cross_entropy_rows_bwd(logits, labels, lse, scale, smoothing)
+    assert grad.dtype == dtype
+    # an error of lse is an absolute error of log p, so a relative one of p <= 1
+    assert_within(grad, -1.75 * expected_grad, operations=operations + 16, magnitude=1.75 * largest)
+    assert torch.equal(logits, given)
+
+
+@pytest.mark.parametrize("smoothing", SMOOTHING, ids="smooth{}".format)
+def test_masked_rows_are_zero_and_not_read(smoothing: float, device: torch.device) -> None:
+    logits = torch.full((4, 6), float("nan"), device=device)
+    logits[2] = torch.arange(6.0)
+    labels = torch.tensor([-1, 6, 3, -100], device=device)
+    loss, lse = softmax_cross_entropy_rows_fwd(logits, labels, smoothing)
+    grad = softmax_cross_entropy_rows_bwd(logits, labels, lse, torch.ones((), device=device), smoothing)
+    masked = [0, 1, 3]
+    assert not loss[masked].any() and not lse[masked].any() and not grad[masked].any()
+    assert loss[2].isfinite() and grad[2].isfinite().all()
+
+
+@pytest.mark.parametrize("smoothing", SMOOTHING, ids="smooth{}".format)
+@pytest.mark.parametrize("shift", [-1e4, 1e4, 1e30])
+def test_a_common_shift_changes_no_loss(
+    shift: float, smoothing: float, device: torch.device, generator: torch.Generator, assert_within: Any
+) -> None:
+    """The shifted logits are the input; their own loss is exact up to fp32 rounding of small numbers."""
+    logits, labels = draw((6, 37), torch.float32, device, generator)
+    shifted = logits + shift
+    loss, _ = softmax_cross_entropy_rows_fwd(shifted, labels, smoothing)
+    expected = definition(shifted, labels, smoothing)[0]
+    spread = (shifted.max(1, keepdim=True).values - shifted).double().max().item() + 1.0
+    assert_within(loss, expected, operations=32, magnitude=spread)
+
+
+def test_forbidden_classes_and_certain_rows(device: torch.device) -> None:
+    """-inf logits take no mass, also when a whole block of columns is -inf; a huge margin gives loss 0."""
+    logits = torch.full((2, 8200), float("-inf"), device=device)
+    logits[0, 8199], logits[0, 8190] = 1.0, 1.0
+    logits[1, 0], logits[1, 1:] = 1e30, -1e30
+    labels = torch.tensor([8199, 0], device=device)
+    loss, lse = softmax_cross_entropy_rows_fwd(logits, labels, 0.0)
+    torch.testing.assert_close(loss.cpu(), torch.tensor([2.0, 1.0]).log(), rtol=1e-6, atol=0.0)
+    grad = softmax_cross_entropy_rows_bwd(logits, labels, lse, torch.ones((), device=device), 0.0)
+    torch.testing.assert_close(
+        grad[0, [0, 8190, 8199]].cpu(), torch.tensor([0.0, 0.5, -0.5]), rtol=0.0, atol=1e-6
+    )
+    assert grad.isfinite().all()
+
+
+def test_strided_logits(device: torch.device, generator: torch.Generator) -> None:
+    logits, labels = draw((6, 90), torch.float32, device, generator)
+    labels = labels.clamp_max(29)
+    for view in (logits[:, ::3], logits[:, 7:37], logits.T[:30, :].T):
+        strided = softmax_cross_entropy_rows_fwd(view, labels, 0.1)
+        dense = softmax_cross_entropy_rows_fwd(view.contiguous(), labels, 0.1)
+        assert torch.equal(strided[0], dense[0])
+        scale = torch.tensor(0.5, device=device)
+        assert torch.equal(
+            softmax_cross_entropy_rows_bwd(view, labels, strided[1], scale, 0.1),
+            softmax_cross_entropy_rows_bwd(view.contiguous(), labels, dense[1], scale, 0.1),
+        )
+
+
+def test_no_rows(device: torch.device) -> None:
+    logits, labels = torch.zeros(0, 5, device=device), torch.zeros(0, dtype=torch.int64, device=device)
+    loss, lse = softmax_cross_entropy_rows_fwd(logits, labels, 0.0)
+    assert loss.shape == lse.shape == (0,)
+    grad = softmax_cross_entropy_rows_bwd(logits, labels, lse, torch.ones((), device=device), 0.0)
+    assert grad.shape == (0, 5)

@@ -1,0 +1,93 @@
+"""Small encoders and batches on which every method is tried."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from mooring.config.method_settings import DRTuneSettings, FineTuneSettings, LinearProbeSettings, LPFTSettings, Settings
+from mooring.data.batch import Batch
+from mooring.methods.base import At, Method, SetupContext
+from mooring.methods.registry import build_method
+from mooring.models.head import build_head
+from mooring.models.torchvision_shim import import_torchvision
+
+# One settings table: every method of the registry must stand here (a test compares the two).
+SETTINGS: dict[str, Settings] = {
+    "fine_tune": FineTuneSettings(),
+    "linear_probe": LinearProbeSettings(),
+    "lp_ft": LPFTSettings(),
+    "dr_tune": DRTuneSettings(bank_size=24, rotation_period=2),
+}
+
+
+def small_encoder(kind: str) -> nn.Module:
+    import_torchvision()
+    import timm
+
+    torch.manual_seed(0)
+    if kind == "cnn":
+        return timm.create_model("resnet10t", num_classes=0)
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=0)
+
+
+def make_batch(rows: int, classes: int, seed: int = 0, *, padded: int = 0) -> Batch:
+    """Images that carry their label in their mean colour, so that a loss can fall; ``padded`` rows at the end."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, classes, (rows,), generator=g)
+    images = torch.randn(rows, 3, 32, 32, generator=g) * 0.3
+    images += torch.linspace(-1.5, 1.5, classes)[labels][:, None, None, None]
+    ids = torch.arange(rows) + 1000 * seed
+    if padded:
+        labels[-padded:] = -1
+        ids[-padded:] = -1
+    return Batch(images.contiguous(memory_format=torch.channels_last), labels, ids)
+
+
+def context(batches: list[Batch], *, steps: int = 20) -> SetupContext:
+    def warm_up() -> Iterator[Batch]:
+        yield from batches
+
+    return SetupContext(
+        device=torch.device("cpu"),
+        warm_up=warm_up,
+        train_size=sum(b.labels.shape[0] for b in batches),
+        batch_size=batches[0].labels.shape[0],
+        total_steps=steps,
+        steps_per_epoch=steps,
+        autocast=contextlib.nullcontext,
+    )
+
+
+def at(step: int, *, steps: int = 20, micro: int = 0, micros: int = 1) -> At:
+    return At(step=step, epoch=0, steps_per_epoch=steps, total_steps=steps, micro=micro, micros=micros)
+
+
+def make_method(name: str, kind: str = "cnn", classes: int = 4, **changes: object) -> Method:
+    encoder = small_encoder(kind)
+    torch.manual_seed(1)
+    head = build_head(encoder.num_features, classes)
+    return build_method(SETTINGS[name].model_copy(update=changes), encoder, head)
+
+
+def train_step(method: Method, batches: list[Batch], optimizer: torch.optim.Optimizer, where: At) -> float:
+    """What the engine does in a step, without the engine."""
+    method.train()
+    method.before_step(where)
+    outputs = []
+    for micro, batch in enumerate(batches):
+        spot = at(where.step, steps=where.total_steps, micro=micro, micros=len(batches))
+        out = method(batch, spot)
+        (out.loss / len(batches)).backward()
+        outputs.append(out)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    method.after_step(outputs, batches, where)
+    return float(sum(o.loss.detach() for o in outputs)) / len(batches)
+
+
+def trained_parameters(method: Method) -> list[nn.Parameter]:
+    return [p for role in method.parameter_roles().values() for p in role]
