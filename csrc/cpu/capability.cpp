@@ -17,8 +17,8 @@ Capability parse(const std::string& name, const std::string& source) {
         if (!listed.empty()) listed += ", ";
         listed += name_of(capability);
     }
-    throw std::invalid_argument(source + " must be one that this build and this CPU have (" + listed + "); got '" +
-                                name + "'");
+    throw std::invalid_argument(source + " must be one that this build and this CPU have (" + listed +
+                                "); got '" + name + "'");
 }
 
 }  // namespace

@@ -142,8 +142,8 @@ def assert_within() -> Check:
     """Compares with a float64 definition under one error model.
 
     ``|actual - expected| <= operations * u32 * magnitude + u_stored * |expected|``: each of ``operations``
-    dependent fp32 operations rounds an intermediate of size ``magnitude`` (u32 = 2^-24), and the store rounds once
-    more to the dtype of ``actual``.
+    dependent fp32 operations rounds an intermediate of size ``magnitude`` (u32 = 2^-24), and the store rounds
+    once more to the dtype of ``actual``.
     """
 
     def check(

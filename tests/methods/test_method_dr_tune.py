@@ -63,7 +63,9 @@ def test_rotation_is_the_identity_after_warm_up_and_orthogonal_later() -> None:
     method = ready()
     method.before_step(at(0))
     eye = torch.eye(method.head.in_features)
-    torch.testing.assert_close(method.rotation, eye, atol=1e-5, rtol=0)
+    # outside the span of the bank the polar factor rests on the ridge alone, which divides fp32 rounding
+    rounding = torch.finfo(torch.float32).eps / method.settings.rotation_ridge
+    torch.testing.assert_close(method.rotation, eye, atol=rounding, rtol=0)
     optimizer = torch.optim.SGD(trained_parameters(method), lr=0.1)
     for step in range(5):
         train_step(method, [make_batch(8, 4, seed=30 + step)], optimizer, at(step))

@@ -102,7 +102,11 @@ def _expected(annotation: Any, metadata: list[Any]) -> str:
         return "one of " + ", ".join(map(str, get_args(annotation)))
     if get_origin(annotation) is tuple:
         return _items(annotation)
-    kind = {bool: "true or false", int: "an integer", float: "a number", str: "text", Path: "a path"}
+    if annotation is str:
+        return "text" + (
+            ", not empty" if any(isinstance(m, annotated_types.MinLen) for m in metadata) else ""
+        )
+    kind = {bool: "true or false", int: "an integer", float: "a number", Path: "a path"}
     return kind[annotation] + (_range(metadata) if annotation in (int, float) else "")
 
 

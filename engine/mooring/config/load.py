@@ -76,7 +76,8 @@ def _find_recipe(recipe: Path | str) -> Traversable:
         return path
     if path.is_dir():
         raise ConfigError(
-            f"{recipe}: expected a recipe (a TOML file), got a folder; for a folder of images write data={recipe}"
+            f"{recipe}: expected a recipe (a TOML file), got a folder; "
+            f"for a folder of images write data={recipe}"
         )
     shipped = shipped_recipes()
     if str(recipe) in shipped:
@@ -204,7 +205,7 @@ def _explain(err: ValidationError, flat: _Flat) -> list[str]:
         known = all_keys().get(key)
         if problem["type"] == "value_error":
             got = f"got {_shown(flat[key])}; " if key in flat else ""
-            lines[key] = f"{key}: {got}{problem['ctx']['error']}"
+            lines[key] = f"{key}: {got}{problem.get('ctx', {}).get('error')}"
         elif problem["type"] == "missing" and key == "data.path":
             lines[key] = "data: got nothing; expected the images: add data=DIR"
         else:

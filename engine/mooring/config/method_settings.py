@@ -36,36 +36,46 @@ class LPFTSettings(Settings):
 
     name: Literal["lp_ft"] = "lp_ft"
     probe_fraction: float = Field(
-        0.3, gt=0, lt=1, description="share of the run's steps spent on the head alone"
+        default=0.3, gt=0, lt=1, description="share of the run's steps spent on the head alone"
     )
 
 
 class DRTuneSettings(Settings):
-    """DR-Tune (Zhou, Chen, Huang, ICCV 2023): the head also classifies a bank of calibrated pretrained features."""
+    """DR-Tune (Zhou, Chen, Huang, ICCV 2023): the head also classifies calibrated pretrained features."""
 
     name: Literal["dr_tune"] = "dr_tune"
-    bank_size: int = Field(2048, ge=0, description="K, rows of the bank; 0 is plain fine-tuning")
-    bank_dtype: Literal["float32", "bfloat16"] = Field("float32", description="storage of the bank's rows")
+    bank_size: int = Field(default=2048, ge=0, description="K, rows of the bank; 0 is plain fine-tuning")
+    bank_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="storage of the bank's rows"
+    )
     rotation: Literal["cached", "every_step", "skip", "off"] = Field(
-        "cached",
-        description="cached: refresh every rotation_period steps, apply always; every_step: T=1, as the paper "
-        "writes; skip: refresh and apply on every rotation_period-th step only, as the public code does; off: no rotation",
+        default="cached",
+        description="cached: refresh every rotation_period steps, apply always; every_step: T=1, as the "
+        "paper writes; skip: refresh and apply on every rotation_period-th step only, as the public code "
+        "does; off: no rotation",
     )
-    rotation_period: int = Field(10, ge=1, description="T, optimizer steps between refreshes")
-    rotation_ridge: float = Field(1e-3, ge=0, description="rho; pulls the rotation to the identity")
-    rotation_centred: bool = Field(True, description="centre both banks before the fit (public code); paper: False")
-    rotation_det_fix: bool = Field(False, description="force determinant +1, as the public code does")
+    rotation_period: int = Field(default=10, ge=1, description="T, optimizer steps between refreshes")
+    rotation_ridge: float = Field(default=1e-3, ge=0, description="rho; pulls the rotation to the identity")
+    rotation_centred: bool = Field(
+        default=True, description="centre both banks before the fit (public code); paper: False"
+    )
+    rotation_det_fix: bool = Field(default=False, description="force determinant +1, as the public code does")
     rotation_solver: Literal["auto", "polar", "svd"] = Field(
-        "auto", description="polar: Newton-Schulz, matrix products only; svd: exact; auto: the op chooses"
+        default="auto",
+        description="polar: Newton-Schulz, matrix products only; svd: exact; auto: the op chooses",
     )
-    translation: bool = Field(True, description="move each class mean onto the tuned class mean")
+    translation: bool = Field(default=True, description="move each class mean onto the tuned class mean")
     cga_scale: float = Field(
-        1.0, ge=0, description="sharpness of the confidence weights; 1 = public code, 0 = plain class mean"
+        default=1.0,
+        ge=0,
+        description="sharpness of the confidence weights; 1 = public code, 0 = plain class mean",
     )
     loss_form: Literal["mean", "paper"] = Field(
-        "mean", description="mean: over B + n rows (public code); paper: L_CE + (n/B) R_DR, eq. 14"
+        default="mean", description="mean: over B + n rows (public code); paper: L_CE + (n/B) R_DR, eq. 14"
     )
-    head_init_std: float = Field(0.01, gt=0, description="standard deviation of the fresh head's weights")
+    head_init_std: float = Field(
+        default=0.01, gt=0, description="standard deviation of the fresh head's weights"
+    )
 
 
 MethodSettings = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,17 +19,22 @@ class DataSettings(Settings):
         description="image folder, CSV/TSV/Parquet list, Parquet with image bytes, or a manifest folder",
     )
     source: Literal["auto", "dali", "torch"] = Field(
-        "auto", description="auto: DALI where installed, else torch"
+        default="auto", description="auto: DALI where installed, else torch"
     )
-    augment: Literal["light", "standard", "strong"] = Field("standard", description="training augmentation")
+    augment: Literal["light", "standard", "strong"] = Field(
+        default="standard", description="training augmentation"
+    )
     val_fraction: float = Field(
-        0.15, gt=0, lt=1, description="share of train used for validation where no val split is given"
+        default=0.15, gt=0, lt=1, description="share of train used for validation where no val split is given"
     )
     workers: int = Field(
-        2, ge=1, le=256, description="decoding threads (DALI) or processes (torch; 1 = in this process)"
+        default=2,
+        ge=1,
+        le=256,
+        description="decoding threads (DALI) or processes (torch; 1 = in this process)",
     )
     max_pixels: int = Field(
-        100_000_000, ge=1, description="larger images are quarantined by the scan, undecoded"
+        default=100_000_000, ge=1, description="larger images are quarantined by the scan, undecoded"
     )
 
     @field_validator("path")
@@ -41,73 +47,79 @@ class ModelSettings(Settings):
     """Which encoder, and where its pretrained weights come from."""
 
     name: str = Field(
-        "tf_efficientnet_lite0", min_length=1, description="a timm model name, or local-dir:FOLDER"
+        default="tf_efficientnet_lite0", min_length=1, description="a timm model name, or local-dir:FOLDER"
     )
     weights: str = Field(
-        "auto",
+        default="auto",
         min_length=1,
         description="auto: Mooring's weight cache, then timm's own download; none: random; "
         "or a .safetensors/.pth file",
     )
-    drop_rate: float = Field(0.0, ge=0, lt=1, description="dropout before the head")
-    drop_path_rate: float = Field(0.0, ge=0, lt=1, description="stochastic depth")
+    drop_rate: float = Field(default=0.0, ge=0, lt=1, description="dropout before the head")
+    drop_path_rate: float = Field(default=0.0, ge=0, lt=1, description="stochastic depth")
 
 
 class TrainSettings(Settings):
     """Length, batch, resolution, precision and regularisation of the training loop."""
 
-    epochs: int = Field(20, ge=1, le=100_000, description="passes over the training images")
-    batch_size: int = Field(32, ge=1, description="images per step and process, before accumulation")
-    accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step")
+    epochs: int = Field(default=20, ge=1, le=100_000, description="passes over the training images")
+    batch_size: int = Field(default=32, ge=1, description="images per step and process, before accumulation")
+    accumulate: int = Field(default=1, ge=1, description="micro-batches per optimizer step")
     image_size: int | None = Field(
-        None, ge=16, le=4096, description="training resolution; none: the model's own"
+        default=None, ge=16, le=4096, description="training resolution; none: the model's own"
     )
     eval_size: int | None = Field(
-        None, ge=16, le=4096, description="validation and test resolution; none: the model's own"
+        default=None, ge=16, le=4096, description="validation and test resolution; none: the model's own"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 autocast on CUDA, fp32 on CPU"
+        default="auto", description="auto: bf16 autocast on CUDA, fp32 on CPU"
     )
-    channels_last: bool = Field(True, description="memory format of images and convolution weights")
+    channels_last: bool = Field(default=True, description="memory format of images and convolution weights")
     batchnorm: Literal["train", "frozen"] = Field(
-        "train", description="frozen: keep the pretrained statistics"
+        default="train", description="frozen: keep the pretrained statistics"
     )
-    clip_grad_norm: float | None = Field(None, gt=0, description="largest global gradient norm; none: off")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="probability mass spread over all classes")
-    mixup: float = Field(0.0, ge=0, description="alpha of the Beta distribution; 0 is off")
-    cutmix: float = Field(0.0, ge=0, description="alpha of the Beta distribution; 0 is off")
+    clip_grad_norm: float | None = Field(
+        default=None, gt=0, description="largest global gradient norm; none: off"
+    )
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="probability mass spread over all classes"
+    )
+    mixup: float = Field(default=0.0, ge=0, description="alpha of the Beta distribution; 0 is off")
+    cutmix: float = Field(default=0.0, ge=0, description="alpha of the Beta distribution; 0 is off")
     ema_decay: float | None = Field(
-        None, gt=0, lt=1, description="weight EMA; evaluated and exported where set"
+        default=None, gt=0, lt=1, description="weight EMA; evaluated and exported where set"
     )
-    compile: bool = Field(False, description="torch.compile the encoder")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
-    threads: int | None = Field(None, ge=1, description="torch CPU threads; none: torch's own choice")
+    compile: bool = Field(default=False, description="torch.compile the encoder")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: CUDA where there is one"
+    )
+    threads: int | None = Field(default=None, ge=1, description="torch CPU threads; none: torch's own choice")
 
 
 class OptimizerSettings(Settings):
     """The optimizer and how the learning rate differs between parameter groups."""
 
-    name: Literal["sgd", "adamw", "lamb"] = Field("adamw", description="update rule")
+    name: Literal["sgd", "adamw", "lamb"] = Field(default="adamw", description="update rule")
     implementation: Literal["auto", "torch", "apex"] = Field(
-        "auto", description="auto: apex where its kernels are found"
+        default="auto", description="auto: apex where its kernels are found"
     )
     lr: float | None = Field(
-        None, gt=0, description="backbone learning rate; none: a default for the optimizer"
+        default=None, gt=0, description="backbone learning rate; none: a default for the optimizer"
     )
     head_lr_multiplier: float | None = Field(
-        None, gt=0, description="head over backbone learning rate; none: the method's own"
+        default=None, gt=0, description="head over backbone learning rate; none: the method's own"
     )
     layer_decay: float | None = Field(
-        None, gt=0, le=1, description="learning-rate factor per layer group, head to stem; none: off"
+        default=None, gt=0, le=1, description="learning-rate factor per layer group, head to stem; none: off"
     )
-    weight_decay: float = Field(1e-4, ge=0, description="decoupled for adamw and lamb, L2 for sgd")
-    decay_norm_and_bias: bool = Field(False, description="apply weight decay to 1-D parameters too")
-    momentum: float = Field(0.9, ge=0, lt=1, description="sgd only")
-    nesterov: bool = Field(True, description="sgd only")
+    weight_decay: float = Field(default=1e-4, ge=0, description="decoupled for adamw and lamb, L2 for sgd")
+    decay_norm_and_bias: bool = Field(default=False, description="apply weight decay to 1-D parameters too")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd only")
+    nesterov: bool = Field(default=True, description="sgd only")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.999), strict=False, description="adamw and lamb: decay of the two moments"
+        default=(0.9, 0.999), strict=False, description="adamw and lamb: decay of the two moments"
     )
-    eps: float = Field(1e-8, gt=0, description="adamw and lamb: added to the denominator")
+    eps: float = Field(default=1e-8, gt=0, description="adamw and lamb: added to the denominator")
 
     @model_validator(mode="after")
     def _nesterov_has_momentum(self) -> OptimizerSettings:
@@ -120,21 +132,25 @@ class ScheduleSettings(Settings):
     """The learning rate over the run, as a factor on each group's peak rate."""
 
     name: Literal["cosine", "linear", "step", "constant"] = Field(
-        "cosine", description="shape after the warm-up"
+        default="cosine", description="shape after the warm-up"
     )
     warmup_epochs: float = Field(
-        1.0, ge=0, description="linear warm-up; a fifth of the run where it would be longer than the run"
+        default=1.0,
+        ge=0,
+        description="linear warm-up; a fifth of the run where it would be longer than the run",
     )
-    final_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate over the peak")
+    final_ratio: float = Field(default=0.0, ge=0, le=1, description="last learning rate over the peak")
     milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
-        (0.6, 0.8), strict=False, description="step: shares of the run at which the rate drops, increasing"
+        default=(0.6, 0.8),
+        strict=False,
+        description="step: shares of the run at which the rate drops, increasing",
     )
-    gamma: float = Field(0.1, gt=0, le=1, description="step: factor at each milestone")
+    gamma: float = Field(default=0.1, gt=0, le=1, description="step: factor at each milestone")
 
     @field_validator("milestones")
     @classmethod
     def _milestones_increase(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if any(later <= earlier for earlier, later in zip(value, value[1:], strict=False)):
+        if any(later <= earlier for earlier, later in pairwise(value)):
             raise ValueError("milestones must increase, as in [0.6, 0.8]")
         return value
 
@@ -142,18 +158,18 @@ class ScheduleSettings(Settings):
 class BackendSettings(Settings):
     """What runs the optimizer step."""
 
-    name: Literal["auto", "local"] = Field("auto", description="auto: local for one process")
+    name: Literal["auto", "local"] = Field(default="auto", description="auto: local for one process")
 
 
 class ReportSettings(Settings):
     """What is shown and written while the run goes on."""
 
     progress: Literal["auto", "bar", "plain", "quiet"] = Field(
-        "auto", description="auto: bar on a terminal, else plain"
+        default="auto", description="auto: bar on a terminal, else plain"
     )
-    log_every: int = Field(10, ge=1, description="optimizer steps between drained metrics")
-    tensorboard: bool = Field(True, description="write TensorBoard events into the run folder")
-    plots: bool = Field(True, description="draw curves.png and confusion.png at the end")
+    log_every: int = Field(default=10, ge=1, description="optimizer steps between drained metrics")
+    tensorboard: bool = Field(default=True, description="write TensorBoard events into the run folder")
+    plots: bool = Field(default=True, description="draw curves.png and confusion.png at the end")
 
 
 class RunConfig(Settings):
@@ -161,11 +177,13 @@ class RunConfig(Settings):
 
     data: DataSettings
     out: Path | None = Field(
-        None, strict=False, description="run folder; none: runs/<data>-<model>-<method>-<time>"
+        default=None, strict=False, description="run folder; none: runs/<data>-<model>-<method>-<time>"
     )
-    seed: int = Field(0, ge=0, lt=2**31, description="of every random generator of the run")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of every random generator of the run")
     resume: str | None = Field(
-        None, min_length=1, description="run folder to continue, or auto: continue `out` where it can be"
+        default=None,
+        min_length=1,
+        description="run folder to continue, or auto: continue `out` where it can be",
     )
     model: ModelSettings = ModelSettings()
     method: MethodSettings = DRTuneSettings()
@@ -186,7 +204,10 @@ class RunConfig(Settings):
         if isinstance(value, str):
             return {"name": value}
         if isinstance(value, dict) and "name" not in value:
-            return {"name": DRTuneSettings().name, **value}  # settings without a name are the default method's
+            return {
+                "name": DRTuneSettings().name,
+                **value,
+            }  # settings without a name are the default method's
         return value
 
     @field_validator("out")

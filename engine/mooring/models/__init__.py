@@ -1,0 +1,1 @@
+"""Encoders, classifiers, BatchNorm control, parameter groups, weight EMA and export."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mooring.errors import RunFolderError
+
 
 class WeightEMA:
     """``ema <- d ema + (1 - d) weight`` for parameters; buffers are copied.
@@ -61,13 +63,15 @@ class WeightEMA:
         """Restores the average exactly.
 
         Raises:
-            ValueError: the state is of another module.
+            RunFolderError: the state is of another module.
         """
         for own, given in ((self.parameters, state["parameters"]), (self.buffers, state["buffers"])):
             different = sorted(set(own) ^ set(given))
             different += [n for n in own if n in given and own[n].shape != given[n].shape]
             if different:
-                raise ValueError(f"the EMA state is of another model; these differ: {', '.join(different)}")
+                raise RunFolderError(
+                    f"the saved weight EMA is of another model; these differ: {', '.join(different)}"
+                )
         for own, given in ((self.parameters, state["parameters"]), (self.buffers, state["buffers"])):
             for name, tensor in own.items():
                 tensor.copy_(given[name])

@@ -33,34 +33,35 @@ class Encoder(nn.Module):
         architecture: timm's name of the architecture, without tag.
         feature_dim: D, width of the features.
         data_config: how timm wants images prepared: ``input_size`` (3, H, W), ``mean``, ``std``,
-            ``interpolation``, ``crop_pct``, ``crop_mode``.
+            ``interpolation``, ``crop_pct``, ``crop_mode``. The size is the one of the pretrained weights,
+            or, where ``fixed_input_size``, the one asked for.
+        pretrained_cfg: timm's description of the architecture's weights and input.
         model_args: the keyword arguments that rebuild the architecture (``img_size``, ...).
         fixed_input_size: whether the model takes images of ``input_size`` only.
     """
 
-    def __init__(
-        self, model: nn.Module, name: str, model_args: dict[str, Any], image_size: int | None
-    ) -> None:
+    def __init__(self, model: Any, name: str, model_args: dict[str, Any], image_size: int | None) -> None:
         super().__init__()
-        self.model = model
+        self.model: nn.Module = model
         self.name = name
-        cfg: dict[str, Any] = dict(getattr(model, "pretrained_cfg", {}))
+        cfg: dict[str, Any] = dict(model.pretrained_cfg)
+        self.pretrained_cfg = cfg
         self.architecture: str = cfg["architecture"]
         self.model_args = model_args
         self.fixed_input_size = bool(cfg.get("fixed_input_size", False))
         self.data_config: dict[str, Any] = dict(timm.data.resolve_model_data_config(model))
-        if image_size is not None:
+        if image_size is not None and self.fixed_input_size:
             self.data_config["input_size"] = (3, image_size, image_size)
-        self.feature_dim = self._measured_width()
+        channels, height, width = self.data_config["input_size"]
+        self.feature_dim = self._measured_width((channels, image_size or height, image_size or width))
 
     def forward(self, images: Tensor) -> Tensor:
         """Pooled features [B, D] of normalised images [B, 3, H, W], as they enter timm's classifier."""
         return self.model(images)
 
     @torch.no_grad()
-    def _measured_width(self) -> int:
+    def _measured_width(self, size: tuple[int, int, int]) -> int:
         """D as one forward shows it: timm's own attribute differs from it in some families."""
-        size = tuple(self.data_config["input_size"])
         was_training = self.training
         self.eval()
         try:
@@ -98,7 +99,8 @@ def build_encoder(
             folder's file); ``none``: random; or a ``.safetensors``, ``.pth``, ``.pt`` or ``.bin`` file.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth.
-        image_size: height = width in pixels; None: the model's own.
+        image_size: height = width in pixels of the training images; None: the model's own. Models of a
+            fixed size (ViT, Swin) are built for it; for the others it is only tried out.
         cache_dir: Mooring's cache; None: ``$MOORING_CACHE`` or ``~/.cache/mooring``.
 
     Raises:

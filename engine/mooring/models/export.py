@@ -1,4 +1,4 @@
-"""Writes a fine-tuned model as a folder that timm opens by ``create_model("local-dir:FOLDER", pretrained=True)``."""
+"""Writes a fine-tuned model as a folder that timm's ``create_model("local-dir:FOLDER")`` opens."""
 
 from __future__ import annotations
 
@@ -57,9 +57,11 @@ def export(
     if len(classes) != head.out_features:
         raise ValueError(f"the head has {head.out_features} classes; got {len(classes)} class names")
     config = {**encoder.data_config, **(data_config or {})}
+    if encoder.fixed_input_size:
+        config["input_size"] = encoder.data_config["input_size"]  # the weights fit no other size
     full = assemble(encoder, head)
 
-    described = {key: value for key, value in encoder.model.pretrained_cfg.items() if key not in _DROPPED}
+    described = {key: value for key, value in encoder.pretrained_cfg.items() if key not in _DROPPED}
     described |= {key: config[key] for key in _DATA_KEYS if key in config}
     described |= {"num_classes": len(classes), "custom_load": False}
     document: dict[str, Any] = {
@@ -86,7 +88,7 @@ def assemble(encoder: Encoder, head: nn.Linear) -> nn.Module:
         WeightsError: the assembled model does not give the logits of ``head(encoder(x))``.
     """
     with torch.random.fork_rng(devices=[]):  # building draws random weights; the run must not notice
-        full: nn.Module = timm.create_model(
+        full: Any = timm.create_model(
             encoder.architecture, pretrained=False, num_classes=head.out_features, **encoder.model_args
         )
     result = full.load_state_dict(encoder.model.state_dict(), strict=False)

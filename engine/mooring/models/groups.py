@@ -94,7 +94,7 @@ def _checked_roles(module: nn.Module, roles: Mapping[str, Sequence[nn.Parameter]
     return role_of
 
 
-def _layers_below_head(model: nn.Module) -> dict[int, int]:
+def _layers_below_head(model: Any) -> dict[int, int]:
     """For each parameter, how many layer groups lie between it and the output; the classifier is at 0."""
     names = dict(model.named_parameters())
     if not hasattr(model, "group_matcher"):
@@ -112,6 +112,6 @@ def _layers_below_head(model: nn.Module) -> dict[int, int]:
     return {id(p): last - layer_of[name] for name, p in names.items()}
 
 
-def _without_decay(model: nn.Module) -> list[nn.Parameter]:
+def _without_decay(model: Any) -> list[nn.Parameter]:
     listed = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     return [p for name, p in model.named_parameters() if name in listed]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import pickletools
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -121,9 +123,12 @@ def _read_pickle(path: Path) -> Any:
             raise WeightsError(f"{path} is not a readable torch file ({_first_line(err)})") from err
         raise WeightsError(
             f"{path} is refused: besides tensors its pickle needs {', '.join(names)}, and loading "
-            "those could run any code. Where you trust the file, load it yourself and save model.state_dict() as .safetensors"
+            "those could run any code. Where you trust the file, load it yourself "
+            "and save model.state_dict() as .safetensors"
         ) from err
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as err:
+    except (
+        Exception
+    ) as err:  # on broken bytes torch's reader fails with struct.error, EOFError, KeyError, ...
         raise WeightsError(
             f"{path} is not a readable torch file ({_first_line(err)}): copy it again"
         ) from err
@@ -137,26 +142,27 @@ def _unsafe_globals(path: Path) -> list[str]:
 
 
 def _legacy_globals(path: Path) -> list[str]:
-    """Globals of a pickle that is not in torch's zip format; parses opcodes, runs nothing."""
-    import pickletools
-
-    names, strings = set(), []
+    """Globals of pickles that are not in torch's zip format; parses opcodes, runs nothing."""
+    names: set[str] = set()
+    strings: list[str] = []
     try:
         with path.open("rb") as file:
-            for opcode, argument, _ in pickletools.genops(file):
-                if opcode.name == "GLOBAL":
-                    names.add(str(argument).replace(" ", "."))
-                elif opcode.name == "STACK_GLOBAL" and len(strings) >= 2:
-                    names.add(".".join(strings[-2:]))
-                elif isinstance(argument, str):
-                    strings.append(argument)
-    except (ValueError, UnicodeDecodeError, EOFError):
-        pass  # not a pickle to its end; the names found so far stand
-    return sorted(names)
+            while True:  # torch's old format is a row of pickles, then raw storage
+                for opcode, argument, _ in pickletools.genops(file):
+                    if opcode.name == "GLOBAL":
+                        names.add(str(argument).replace(" ", "."))
+                    elif opcode.name == "STACK_GLOBAL" and len(strings) >= 2:
+                        names.add(".".join(strings[-2:]))
+                    elif isinstance(argument, str):
+                        strings.append(argument)
+    except Exception:  # where the pickles end; the names found so far stand
+        return sorted(name for name in names if not name.startswith(("torch.", "collections.OrderedDict")))
 
 
 def _first_line(err: BaseException) -> str:
-    return (str(err).strip() or type(err).__name__).splitlines()[0]
+    # torch puts the reason of a refusal after a paragraph of advice to load unsafely, which is not ours
+    reason = re.search(r"WeightsUnpickler error: *(.+)", str(err))
+    return reason[1] if reason else (str(err).strip() or type(err).__name__).splitlines()[0]
 
 
 def _single_precision(value: Tensor) -> Tensor:

@@ -73,9 +73,15 @@ def optional_parts() -> dict[str, tuple[bool, str]]:
         names = ", ".join(device["name"] for device in _devices())
         parts["CUDA"] = True, f"{torch.version.cuda}: {names}"
     else:
-        parts["CUDA"] = False, "this torch is a CPU build" if torch.version.cuda is None else "no usable device"
+        parts["CUDA"] = (
+            False,
+            "this torch is a CPU build" if torch.version.cuda is None else "no usable device",
+        )
     native = _found("mooring_kernels._C")
-    parts["native CPU kernels"] = native, "mooring_kernels._C" if native else "not built: reference ops are used"
+    parts["native CPU kernels"] = (
+        native,
+        "mooring_kernels._C" if native else "not built: reference ops are used",
+    )
     dali = next((f"{name} {installed}" for name in _DALI_BUILDS if (installed := _version(name))), None)
     parts["DALI"] = dali is not None, dali or "not installed: images are decoded by Pillow"
     for part, package, without in (
@@ -113,7 +119,10 @@ def _torchvision_ops() -> tuple[bool, str]:
     extension = import_torchvision().extension
     if extension._has_ops():
         return True, f"torchvision {installed}, compiled"
-    return False, f"torchvision {installed} without compiled ops (shim): transforms work, nms and roi_align do not"
+    return (
+        False,
+        f"torchvision {installed} without compiled ops (shim): transforms work, nms and roi_align do not",
+    )
 
 
 def _devices() -> list[dict[str, Any]]:

@@ -112,7 +112,9 @@ def read_metrics(path: Path) -> list[Record]:
         except (ValueError, KeyError, TypeError, AttributeError) as err:
             if number == len(lines):  # no line end after it: the write was cut off
                 break
-            raise ValueError(f"{file}, line {number}: expected one metrics record, got {line[:80]!r}") from err
+            raise ValueError(
+                f"{file}, line {number}: expected one metrics record, got {line[:80]!r}"
+            ) from err
         if record.kind == "note" and _RESUMED in values:
             records = [earlier for earlier in records if earlier.step <= values[_RESUMED]]
         records.append(record)

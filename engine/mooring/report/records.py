@@ -16,7 +16,7 @@ _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def to_json_value(value: Any) -> Any:
-    """``value`` in terms of strict JSON: NaN and infinities as words, paths as text, scalar tensors and arrays as numbers.
+    """``value`` in terms of strict JSON: non-finite numbers as words, paths as text, tensors as lists.
 
     Raises:
         TypeError: the value has no JSON form.
@@ -35,9 +35,11 @@ def to_json_value(value: Any) -> Any:
         return str(value)
     if is_dataclass(value) and not isinstance(value, type):
         return to_json_value(asdict(value))
-    if hasattr(value, "tolist"):  # tensors and numpy arrays, without importing either
-        return to_json_value(value.tolist())
-    raise TypeError(f"a record holds numbers, text, lists and tables; got {type(value).__name__}: {value!r:.80}")
+    if (as_list := getattr(value, "tolist", None)) is not None:  # tensors and arrays, importing neither
+        return to_json_value(as_list())
+    raise TypeError(
+        f"a record holds numbers, text, lists and tables; got {type(value).__name__}: {value!r:.80}"
+    )
 
 
 def from_json_number(value: Any) -> Any:

@@ -54,11 +54,15 @@ class RunFolder:
 
 def default_run_name(config: RunConfig, now: datetime | None = None) -> str:
     """``<data>-<model>-<method>-<time>``, safe as a folder name on every system."""
-    data = config.data.path.resolve()
-    words = [data.stem or "data", config.model.name.removeprefix("local-dir:"), config.method.name]
-    words[1] = Path(words[1]).name
+    model = Path(config.model.name.removeprefix("local-dir:")).name
+    words = [data_name(config.data.path), model, config.method.name]
     safe = [re.sub(r"[^\w.]+", "_", word).strip("._") or "x" for word in words]
     return "-".join([*(word[:40] for word in safe), (now or datetime.now()).strftime("%Y%m%d-%H%M%S")])
+
+
+def data_name(data: Path) -> str:
+    """What to call a data set after its path: the folder's name, or the list's without its ending."""
+    return re.sub(r"\.(csv|tsv|parquet)$", "", data.resolve().name, flags=re.IGNORECASE) or "data"
 
 
 def open_run_folder(path: Path, *, resume: bool = False, need_bytes: int = MINIMUM_FREE_BYTES) -> RunFolder:

@@ -1,4 +1,4 @@
-"""Saves a tree of tensors and plain values to a folder, whole or not at all, and reads it back bit for bit."""
+"""Saves a tree of tensors and plain values to a folder, whole or not at all, and reads it bit for bit."""
 
 from __future__ import annotations
 

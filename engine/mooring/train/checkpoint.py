@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,5 +100,12 @@ def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 def _load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     fresh = optimizer.state_dict()
-    fresh["state"] = {i: s for i, s in enumerate(state["state"]) if s is not None}
+    # a copy: torch keeps references, and two optimizers would write into one momentum buffer
+    fresh["state"] = copy.deepcopy({i: s for i, s in enumerate(state["state"]) if s is not None})
     optimizer.load_state_dict(fresh)
+    # torch's fused optimizers walk parameter and buffers in memory order and do not compare strides: a buffer
+    # that came back contiguous beside a channels_last parameter would be applied to the wrong elements
+    for parameter, buffers in optimizer.state.items():
+        for name, buffer in buffers.items():
+            if torch.is_tensor(buffer) and buffer.shape == parameter.shape:
+                buffers[name] = torch.empty_like(parameter, dtype=buffer.dtype).copy_(buffer)

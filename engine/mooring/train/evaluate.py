@@ -65,7 +65,8 @@ class EvalResult:
 Autocast = Callable[[], AbstractContextManager[object]]
 
 
-@torch.inference_mode()
+# no_grad, not inference_mode: a tensor that the model or the source caches here must stay usable in training
+@torch.no_grad()
 def evaluate(
     predict_fn: Callable[[Tensor], Tensor],
     source: Iterable[Batch],
@@ -105,11 +106,13 @@ def evaluate(
     confusion = MulticlassConfusionMatrix(**checked).to(device)
     nll = torch.zeros((), dtype=torch.float64, device=device)
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    n = 0
     for batch, logits in _forward(predict_fn, source, device, autocast):
         if predictions:
             rows.append(_row(batch, logits))
         kept = batch.labels >= 0
         labels, logits = batch.labels[kept], logits[kept]
+        n += len(labels)
         if not len(labels):
             continue
         if int(labels.max()) >= num_classes:
@@ -124,10 +127,9 @@ def evaluate(
         # from the logits: two probabilities may round to the same number
         confusion.update(logits.argmax(1), labels)
 
-    counts = confusion.compute().cpu()
-    n = int(counts.sum())
     if n == 0:
         raise DataError("nothing to evaluate: no row has a label")
+    counts = confusion.compute().cpu()
     per_class = counts.sum(1)
     right = counts.diagonal()
     occurs = per_class > 0
@@ -143,7 +145,7 @@ def evaluate(
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(
     predict_fn: Callable[[Tensor], Tensor],
     source: Iterable[Batch],

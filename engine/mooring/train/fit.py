@@ -200,11 +200,11 @@ def fit(engine: Engine) -> RunResult:
         out = state.parent
     try:
         folder = open_run_folder(out, resume=state is not None)
+        if state is not None:
+            engine.resume(state)  # first: a refused resume must leave the folder as it was
         folder.write_text("config.toml", to_toml(config))
         write_environment(folder)
         engine.parts.manifest.save(folder.path / "manifest")
-        if state is not None:
-            engine.resume(state)
         return Fit(engine, folder, resumed=state is not None).run()
     except OSError as err:
         if err.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -224,7 +224,7 @@ def _state_to_resume(resume: str | None, out: Path) -> Path | None:
     if resume is None:
         return None
     state = (out if resume == "auto" else Path(resume)) / "state"
-    if state.is_dir():
+    if state.is_dir() or previous_tree(state).is_dir():
         return state
     if resume == "auto":
         return None

@@ -92,11 +92,6 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return losses.sum() / valid.sum().clamp_min(1)
 
 
-def mixed_cross_entropy(logits: Tensor, mixed: Mixed, *, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of a mixed batch: ``soft_cross_entropy`` with its soft targets."""
-    return soft_cross_entropy(logits, mixed.soft_targets(logits.shape[1], label_smoothing=label_smoothing))
-
-
 def _choose(mixup: float, cutmix: float, generator: Generator) -> Literal["mixup", "cutmix"] | None:
     if mixup > 0 and cutmix > 0:
         return "mixup" if float(torch.rand((), generator=generator)) < 0.5 else "cutmix"

@@ -74,11 +74,15 @@ def _torch(groups: list[dict[str, Any]], settings: OptimizerSettings, device: to
     kernel = {"fused": True} if on_fused_device else {"foreach": True}
     match settings.name:
         case "sgd":
-            # Nesterov is undefined without momentum, and torch refuses the pair
-            nesterov = settings.nesterov and settings.momentum > 0
-            return torch.optim.SGD(
-                groups, lr=default_lr("sgd"), momentum=settings.momentum, nesterov=nesterov, **kernel
+            sgd = torch.optim.SGD(
+                groups,
+                lr=default_lr("sgd"),
+                momentum=settings.momentum,
+                nesterov=settings.nesterov,
+                **kernel,
             )
+            _start_momentum(sgd)
+            return sgd
         case "adamw":
             return torch.optim.AdamW(
                 groups,
@@ -92,13 +96,23 @@ def _torch(groups: list[dict[str, Any]], settings: OptimizerSettings, device: to
             return Lamb(groups, lr=default_lr("lamb"), betas=settings.betas, eps=settings.eps)
 
 
+def _start_momentum(optimizer: torch.optim.SGD) -> None:
+    """Momentum buffers of zeros, from which the first step comes out the same.
+
+    torch's fused SGD fails where a parameter gets its first gradient after others of its group.
+    """
+    for group in optimizer.param_groups:
+        if group["momentum"] != 0:
+            for p in group["params"]:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+
 def _apex(groups: list[dict[str, Any]], settings: OptimizerSettings) -> Optimizer:
     optimizers = importlib.import_module("apex.optimizers")
     match settings.name:
         case "sgd":
-            nesterov = settings.nesterov and settings.momentum > 0
             return optimizers.FusedSGD(
-                groups, lr=default_lr("sgd"), momentum=settings.momentum, nesterov=nesterov
+                groups, lr=default_lr("sgd"), momentum=settings.momentum, nesterov=settings.nesterov
             )
         case "adamw":
             return optimizers.FusedAdam(

@@ -4,6 +4,9 @@ The logits come from the library's GEMM. The forward reads them once; the backwa
 the gradient to memory of its own, never over the logits.
 """
 
+# Triton's types know neither the launch options (num_warps) nor the element type of a pointer.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import torch

@@ -4,6 +4,9 @@ Without a rotation one kernel reads the bank once and writes the result once. Wi
 written in fp32, multiplied by the library's GEMM, and finished in place.
 """
 
+# Triton's types know neither the launch options (num_warps) nor the element type of a pointer.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import torch

@@ -4,6 +4,9 @@ Rows are ordered by label, then one program owns one class and a tile of columns
 so the result is the same on every run, and nothing is read back to the host.
 """
 
+# Triton's types know neither the launch options (num_warps) nor the element type of a pointer.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import torch
@@ -139,7 +142,7 @@ def _class_tile(rows: int, classes: int, width: int) -> tuple[int, int]:
     block_d = 128
     while block_d > _NARROWEST_BLOCK and classes * triton.cdiv(width, block_d) < _ENOUGH_PROGRAMS:
         block_d //= 2
-    block_k = min(max(next_power_of_two(triton.cdiv(rows, max(classes, 1))), 4), 32)
+    block_k = min(max(next_power_of_two(-(-rows // max(classes, 1))), 4), 32)
     return block_k, block_d
 
 

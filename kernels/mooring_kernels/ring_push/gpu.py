@@ -1,5 +1,8 @@
 """Enqueue into the feature ring in Triton: normalise, cast and scatter in one pass over the incoming rows."""
 
+# Triton's types know neither the launch options (num_warps) nor the element type of a pointer.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import triton

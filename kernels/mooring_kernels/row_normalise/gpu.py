@@ -1,5 +1,8 @@
 """Row normalisation in Triton: one read and one write of each row, the norm in fp32."""
 
+# Triton's types know neither the launch options (num_warps) nor the element type of a pointer.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import torch

@@ -1,0 +1,1 @@
+"""The public algorithms, re-stated: what a user would otherwise run."""

@@ -1,0 +1,62 @@
+"""The record files: one JSON object per line, appended, never edited. Everything shown is drawn from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent / "records"
+PLOTS = Path(__file__).resolve().parent / "plots"
+_ENVIRONMENTS = "environments.jsonl"
+Record = dict[str, Any]
+
+
+def _append(path: Path, record: Record) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, sort_keys=True) + "\n")
+
+
+def _lines(path: Path) -> Iterator[Record]:
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            yield json.loads(line)
+
+
+def append(record: Record, folder: Path = FOLDER) -> None:
+    """Appends a measurement to the file of its op."""
+    _append(folder / f"{record['op'].rstrip('_')}.jsonl", record)
+
+
+def remember_environment(identity: str, described: dict[str, object], folder: Path = FOLDER) -> None:
+    """Stores an environment's description once, under its identity."""
+    path = folder / _ENVIRONMENTS
+    if all(line["environment"] != identity for line in _lines(path)):
+        _append(path, {"environment": identity, **described})
+
+
+def environments(folder: Path = FOLDER) -> dict[str, Record]:
+    """identity -> description."""
+    return {line["environment"]: line for line in _lines(folder / _ENVIRONMENTS)}
+
+
+def measurements(folder: Path = FOLDER) -> Iterator[Record]:
+    """All measurements, oldest first within each op."""
+    for path in sorted(folder.glob("*.jsonl")):
+        if path.name != _ENVIRONMENTS:
+            yield from _lines(path)
+
+
+def latest(records: Iterator[Record]) -> dict[tuple[str, ...], Record]:
+    """The newest record of every (environment, op, size, dtype, pass, candidate)."""
+    newest: dict[tuple[str, ...], Record] = {}
+    for record in records:
+        newest[key(record)] = record  # files are appended to: the later line is the newer one
+    return newest
+
+
+def key(record: Record) -> tuple[str, ...]:
+    """What two records must share to be about the same thing, whatever the commit."""
+    return tuple(str(record[name]) for name in ("environment", "op", "size", "dtype", "pass", "candidate"))

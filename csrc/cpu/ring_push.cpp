@@ -1,0 +1,28 @@
+#include "cpu/ops.h"
+#include "cpu/row_norm.h"
+
+namespace mooring {
+
+void ring_push(const std::vector<RingField>& fields, int64_t* bank_labels, const int64_t* labels, int64_t K,
+               int64_t B, int64_t head, bool normalise, int threads) {
+    constexpr float kEps = 1e-12f;
+    const RowKernels& kernels = row_kernels();
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < B; ++i) {
+        const int64_t slot = (head + i) % K;
+        bank_labels[slot] = labels[i];
+        for (const RingField& field : fields) {
+            const DType from = field.rows.dtype;
+            const void* row = row_at(field.rows.data, from, i, field.D);
+            float factor = 1.0f;
+            if (normalise) {
+                const float norm = row_norm(kernels, row, from, field.D);
+                factor = 1.0f / (norm < kEps ? kEps : norm);
+            }
+            void* target = row_at(field.bank, field.bank_dtype, slot, field.D);
+            kernels.scale[index_of(field.bank_dtype)][index_of(from)](target, row, factor, field.D);
+        }
+    }
+}
+
+}  // namespace mooring

@@ -1,0 +1,43 @@
+#include <cmath>
+
+#include "cpu/ops.h"
+#include "cpu/row_pointer.h"
+
+namespace mooring {
+
+void softmax_cross_entropy_forward(const float* logits, const int64_t* labels, float smoothing, float* loss,
+                                   float* lse, int64_t N, int64_t C, int threads) {
+    const RowKernels& kernels = row_kernels();
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < N; ++i) {
+        loss[i] = lse[i] = 0.0f;
+        if (!is_class(labels[i], C)) continue;
+        const float* x = logits + i * C;
+        const float highest = kernels.maximum(x, C);
+        const float log_sum = std::log(kernels.sum_exp(x, highest, C));
+        lse[i] = highest + log_sum;
+        // relative to the row's maximum, so that large logits do not cancel
+        loss[i] = log_sum - (1.0f - smoothing) * (x[labels[i]] - highest);
+        if (smoothing != 0.0f) {
+            loss[i] -= smoothing * (kernels.sum(x, C) / static_cast<float>(C) - highest);
+        }
+    }
+}
+
+void softmax_cross_entropy_backward(const float* logits, const int64_t* labels, const float* lse, float scale,
+                                    float smoothing, float* grad, int64_t N, int64_t C, int threads) {
+    const RowKernels& kernels = row_kernels();
+    const float uniform = smoothing / static_cast<float>(C);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < N; ++i) {
+        float* row = grad + i * C;
+        if (is_class(labels[i], C)) {
+            kernels.softmax_grad(row, logits + i * C, lse[i], uniform, scale, C);
+            row[labels[i]] -= scale * (1.0f - smoothing);
+        } else {
+            for (int64_t j = 0; j < C; ++j) row[j] = 0.0f;
+        }
+    }
+}
+
+}  // namespace mooring

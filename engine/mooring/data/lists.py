@@ -1,0 +1,149 @@
+"""CSV, TSV and Parquet lists (path, label, split) -> candidates."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mooring.data.columns import (
+    LABEL_NAMES,
+    PATH_NAMES,
+    SPLIT_COLUMN_NAMES,
+    Columns,
+    find,
+    label_of,
+    pick,
+    split_of,
+)
+from mooring.data.discover import Candidate, Discovered, is_under
+from mooring.data.quarantine import Quarantined, Reason
+from mooring.errors import DataError
+
+LIST_SUFFIXES = (".csv", ".tsv", ".parquet")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+def discover_list(source: Path, columns: Columns) -> Discovered:
+    """Lists the rows of a table; relative paths start at the table's folder, which is the root.
+
+    Raises:
+        DataError: the file is no table or lacks a column.
+    """
+    root = source.resolve().parent
+    found = Discovered(root, f"{source.suffix[1:].lower()} list")
+    names, rows = _open_parquet(source) if source.suffix.lower() == ".parquet" else _open_text(source)
+    path_at = names.index(pick(source, names, columns.image, PATH_NAMES, "path", "image_column"))
+    label_at = names.index(pick(source, names, columns.label, LABEL_NAMES, "label", "label_column"))
+    split_name = find(source, names, columns.split, SPLIT_COLUMN_NAMES, "split_column")
+    split_at = names.index(split_name) if split_name is not None else None
+    class_names = label_names(source, names[label_at]) if source.suffix.lower() == ".parquet" else None
+    real_parents: dict[str, str] = {}
+    for row in rows:
+        listed = str(row[path_at] if row[path_at] is not None else "").strip()
+        label = label_of(row[label_at], class_names)
+        if label is None:
+            found.quarantined.append(Quarantined(listed, Reason.BAD_LABEL, f"label is {row[label_at]!r}"))
+            continue
+        split = "train" if split_at is None else split_of(source, row[split_at])
+        relative = _relative(found, listed, real_parents)
+        if relative is not None:
+            found.candidates.append(Candidate(relative, label, split, listed))
+    return found
+
+
+def label_names(source: Path, column: str) -> list[str] | None:
+    """Class names that a Hugging Face Parquet file carries for an integer label column."""
+    blob = (pq.read_schema(source).metadata or {}).get(b"huggingface")
+    if blob is None:
+        return None
+    try:
+        names = json.loads(blob)["info"]["features"][column]["names"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return [str(name) for name in names] if isinstance(names, list) else None
+
+
+def _relative(found: Discovered, listed: str, real_parents: dict[str, str]) -> str | None:
+    """The path below the root; None, and a quarantine row, where it is not below the root."""
+    if not listed:
+        found.quarantined.append(Quarantined(listed, Reason.MISSING, "the row names no file"))
+        return None
+    if os.name != "nt" and PureWindowsPath(listed).drive:
+        found.quarantined.append(Quarantined(listed, Reason.OUTSIDE_ROOT, "a path with a drive letter"))
+        return None
+    full = os.path.normpath(
+        found.root / PurePosixPath(listed.replace("\\", "/") if os.name == "nt" else listed)
+    )
+    if not is_under(full, found.root):
+        found.quarantined.append(Quarantined(listed, Reason.OUTSIDE_ROOT, f"leads to {full}"))
+        return None
+    folder = os.path.dirname(full)  # noqa: PTH120 (a list may have millions of rows)
+    if folder not in real_parents:
+        real_parents[folder] = os.path.realpath(folder)
+    is_link = os.path.islink(full)  # noqa: PTH114
+    target = os.path.realpath(full) if is_link else real_parents[folder]
+    if not is_under(target, found.root):
+        found.quarantined.append(
+            Quarantined(listed, Reason.SYMLINK_OUTSIDE, f"leads to {os.path.realpath(full)}")
+        )
+        return None
+    return Path(full).relative_to(found.root).as_posix()
+
+
+def _open_text(source: Path) -> tuple[list[str], Iterator[Sequence[Any]]]:
+    try:
+        text = source.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as err:
+        raise DataError(
+            f"expected UTF-8 text in {source}; got a byte that is not ({err.reason}): save it as UTF-8"
+        ) from None
+    except OSError as err:
+        raise DataError(f"cannot read {source}: {err.strerror}") from None
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=_DELIMITERS[source.suffix.lower()])
+    try:
+        header = [name.strip() for name in next(rows)]
+    except StopIteration:
+        raise DataError(f"expected a header and rows in {source}; got an empty file") from None
+    except csv.Error as err:
+        raise DataError(f"expected a table in {source}; got {err}") from None
+    return header, _text_rows(source, rows, len(header))
+
+
+def _text_rows(source: Path, rows: Any, width: int) -> Iterator[Sequence[str]]:
+    try:
+        for row in rows:
+            if not row:
+                continue
+            if len(row) != width:
+                raise DataError(
+                    f"expected {width} fields in line {rows.line_num} of {source}; got {len(row)}"
+                )
+            yield row
+    except csv.Error as err:
+        raise DataError(f"expected a table in {source}; line {rows.line_num}: {err}") from None
+
+
+def _open_parquet(source: Path) -> tuple[list[str], Iterator[Sequence[Any]]]:
+    table = open_parquet(source)
+    return list(table.schema_arrow.names), _parquet_rows(table)
+
+
+def _parquet_rows(table: pq.ParquetFile) -> Iterator[Sequence[Any]]:
+    for batch in table.iter_batches(batch_size=8192):
+        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+
+
+def open_parquet(source: Path) -> pq.ParquetFile:
+    """Opens a Parquet file or says that it is none."""
+    try:
+        return pq.ParquetFile(source)
+    except (pa.ArrowException, OSError) as err:
+        raise DataError(f"expected a Parquet file at {source}; got {str(err).splitlines()[0]}") from None

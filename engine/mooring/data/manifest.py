@@ -1,0 +1,262 @@
+"""The manifest: which images a run uses, with label, split and digest; the ids of everything later.
+
+On disk a folder: ``manifest.parquet`` (rows), ``manifest.json`` (root, classes, counts, digest) and
+``quarantine.csv``. A row's id is its number, and stays with the image in every run, rank and loader.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mooring.data.discover import SPLITS, is_under
+from mooring.data.quarantine import Quarantined, read_quarantine, write_quarantine
+from mooring.errors import DataError, RunFolderError
+
+VERSION = 1
+ROWS_FILE, HEAD_FILE, QUARANTINE_FILE = "manifest.parquet", "manifest.json", "quarantine.csv"
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.int64()),
+        ("path", pa.string()),  # relative to the root, forward slashes
+        ("label", pa.string()),
+        ("class", pa.int64()),  # index of the label in the class list
+        ("split", pa.string()),
+        ("width", pa.int64()),  # pixels, upright
+        ("height", pa.int64()),
+        ("bytes", pa.int64()),
+        ("sha256", pa.string()),
+        ("format", pa.string()),
+        ("mode", pa.string()),  # as stored, Pillow's name
+        ("native", pa.bool_()),  # every decoder gives the same pixels
+        ("mtime_ns", pa.int64()),  # spares hashing a file that was not touched; not part of the digest
+    ]
+)
+_DIGESTED = tuple(name for name in SCHEMA.names if name != "mtime_ns")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of one split, as columns.
+
+    Attributes:
+        name: ``train``, ``val`` or ``test``.
+        root: folder that ``paths`` are relative to.
+        classes: class names; a label is an index into them.
+        digest: of the manifest and the split's name; a saved loader state belongs to one digest.
+        ids, labels: [n] int64.
+        sizes: [n, 2] int64, upright (width, height) in pixels.
+        native: [n] bool, every decoder gives the same pixels.
+    """
+
+    name: str
+    root: Path
+    classes: tuple[str, ...]
+    digest: str
+    ids: np.ndarray
+    labels: np.ndarray
+    paths: list[str] = field(repr=False)
+    sizes: np.ndarray = field(repr=False)
+    byte_counts: np.ndarray = field(repr=False)
+    mtimes: np.ndarray = field(repr=False)
+    sha256: list[str] = field(repr=False)
+    native: np.ndarray = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def file(self, position: int) -> Path:
+        """Path of the row at a position of this split (not a manifest id)."""
+        return self.root / self.paths[position]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Rows of all splits (train, then val, then test) and what is known about them.
+
+    Attributes:
+        root: folder that the rows' paths are relative to.
+        classes: class names sorted by code point; the class index is the place in this list.
+        table: rows, see ``SCHEMA``.
+        source: what was scanned: kind, path.
+        notes: what a user should know, one sentence each.
+        made_validation: how the validation split was made from train; None where one was given.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    table: pa.Table
+    source: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    made_validation: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over classes and rows; the root and file times are not part of it."""
+        total = hashlib.sha256(json.dumps([VERSION, list(self.classes)]).encode())
+        for batch in self.table.select(_DIGESTED).to_batches(max_chunksize=8192):
+            columns = [column.to_pylist() for column in batch.columns]
+            total.update(json.dumps(columns, ensure_ascii=True).encode())
+        return total.hexdigest()
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Images per split; splits without images are not named."""
+        splits = self.table["split"].to_pylist()
+        return {name: count for name in SPLITS if (count := splits.count(name))}
+
+    def split(self, name: str) -> Split:
+        """The rows of one split.
+
+        Raises:
+            DataError: there is no such split.
+        """
+        if name not in self.counts:
+            raise DataError(
+                f"expected a split {' or '.join(self.counts)}; got {name!r}, which has no images here"
+            )
+        rows = self.table.filter(pc.field("split") == name)
+        sizes = np.stack([_numbers(rows, "width"), _numbers(rows, "height")], axis=1)
+        return Split(
+            name=name,
+            root=self.root,
+            classes=self.classes,
+            digest=hashlib.sha256(f"{self.digest}:{name}".encode()).hexdigest(),
+            ids=_numbers(rows, "id"),
+            labels=_numbers(rows, "class"),
+            paths=rows["path"].to_pylist(),
+            sizes=sizes,
+            byte_counts=_numbers(rows, "bytes"),
+            mtimes=_numbers(rows, "mtime_ns"),
+            sha256=rows["sha256"].to_pylist(),
+            native=np.asarray(rows["native"].to_pylist(), dtype=bool),
+        )
+
+    def save(self, folder: Path, quarantine: Sequence[Quarantined] = ()) -> None:
+        """Writes the manifest folder; ``manifest.json`` comes last, so a folder that has it is whole.
+
+        Raises:
+            RunFolderError: the folder cannot be written.
+        """
+        head = {
+            "version": VERSION,
+            "root": "." if self.root == folder.resolve() else str(self.root),
+            "classes": list(self.classes),
+            "counts": self.counts,
+            "digest": self.digest,
+            "made_validation": self.made_validation,
+            "source": self.source,
+            "notes": list(self.notes),
+            "quarantined": len(quarantine),
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / HEAD_FILE).unlink(missing_ok=True)
+            pq.write_table(self.table, folder / ROWS_FILE)
+            write_quarantine(folder / QUARANTINE_FILE, quarantine)
+            part = folder / f"{HEAD_FILE}.part"
+            part.write_text(json.dumps(head, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            part.replace(folder / HEAD_FILE)
+        except OSError as err:
+            raise RunFolderError(
+                f"cannot write the manifest to {folder}: {err.strerror or err}: give another folder"
+            ) from None
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Reads a manifest folder and checks it: version, digest, and that every path stays under the root.
+
+        Raises:
+            DataError: the folder holds no manifest, or one that was changed by hand.
+        """
+        head = _read_head(folder)
+        if head.get("version") != VERSION:
+            raise DataError(
+                f"expected manifest version {VERSION} in {folder}; got {head.get('version')}: scan again"
+            )
+        try:
+            table = pq.read_table(folder / ROWS_FILE)
+            root = (folder / head["root"]).resolve()
+            manifest = cls(
+                root=root,
+                classes=tuple(head["classes"]),
+                table=table,
+                source=head["source"],
+                notes=tuple(head["notes"]),
+                made_validation=head["made_validation"],
+            )
+        except (OSError, KeyError, TypeError, pa.ArrowException) as err:
+            raise DataError(
+                f"expected a whole manifest in {folder}; got {type(err).__name__}: {err}: scan again"
+            ) from None
+        if table.schema.names != SCHEMA.names or table.schema.types != SCHEMA.types:
+            raise DataError(
+                f"expected the columns of a manifest in {folder / ROWS_FILE}; got others: scan again"
+            )
+        if manifest.digest != head.get("digest"):
+            raise DataError(
+                f"expected rows with digest {str(head.get('digest'))[:12]} in {folder}; got "
+                f"{manifest.digest[:12]}: the manifest was changed after the scan; scan again"
+            )
+        _check_under_root(table["path"].to_pylist(), root, folder)
+        return manifest
+
+    @staticmethod
+    def is_manifest(folder: Path) -> bool:
+        """Whether the folder looks like a saved manifest."""
+        return (folder / HEAD_FILE).is_file() and (folder / ROWS_FILE).is_file()
+
+
+def load_quarantine(folder: Path) -> list[Quarantined]:
+    """The quarantine list saved beside a manifest."""
+    return read_quarantine(folder / QUARANTINE_FILE)
+
+
+def _read_head(folder: Path) -> dict[str, Any]:
+    try:
+        head = json.loads((folder / HEAD_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"expected a manifest folder with {HEAD_FILE}; got {folder}, which has none"
+        ) from None
+    except (OSError, ValueError) as err:
+        raise DataError(f"expected JSON in {folder / HEAD_FILE}; got {err}: scan again") from None
+    if not isinstance(head, dict):
+        raise DataError(f"expected an object in {folder / HEAD_FILE}; got {type(head).__name__}: scan again")
+    return head
+
+
+def _check_under_root(paths: list[str], root: Path, folder: Path) -> None:
+    """A manifest may come from elsewhere: no row of it may lead out of the root, by name or by link."""
+    real_parents: dict[str, str] = {}
+    for path in paths:
+        parent, _, name = path.rpartition("/")
+        full = os.path.join(root, parent)  # noqa: PTH118 (a manifest may have millions of rows)
+        if parent not in real_parents:
+            real_parents[parent] = os.path.realpath(full)
+        file = os.path.join(full, name)  # noqa: PTH118
+        target = os.path.realpath(file) if os.path.islink(file) else real_parents[parent]  # noqa: PTH114
+        if name in ("", ".", "..") or path.startswith("/") or "\\" in name or not is_under(target, root):
+            raise DataError(
+                f"expected paths under {root} in the manifest {folder}; got {path!r}, which leads elsewhere: "
+                "do not use this manifest, scan again"
+            )
+
+
+def _numbers(rows: pa.Table, name: str) -> np.ndarray:
+    return rows[name].to_numpy().astype(np.int64)

@@ -1,0 +1,227 @@
+"""From a configuration to the parts of a run. Everything that can be wrong is found here, before any training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.optim import Optimizer
+
+from mooring.config.schema import RunConfig
+from mooring.data.augment import ModelInput, evaluation, preset
+from mooring.data.cache import open_manifest
+from mooring.data.manifest import Manifest
+from mooring.data.source import EpochSource
+from mooring.data.sources import make_source
+from mooring.errors import ConfigError
+from mooring.methods.base import Method
+from mooring.methods.registry import build_method, method_class
+from mooring.models.batchnorm import freeze_statistics, parameter_count
+from mooring.models.ema import WeightEMA
+from mooring.models.encoder import Encoder, build_encoder
+from mooring.models.groups import parameter_groups
+from mooring.models.head import build_head
+from mooring.models.weights import cache_folder
+from mooring.train.local_backend import LocalBackend
+from mooring.train.optimizers import build_optimizer, default_lr
+from mooring.train.precision import choose_device, choose_precision
+from mooring.train.results import RunPlan
+from mooring.train.schedules import Schedule
+
+# The warm-up pass must not replay the batches of the run's first epoch: another order, other augmentations.
+_WARM_UP_SEED = 0x5EED
+
+
+@dataclass(slots=True)
+class Parts:
+    """The parts of one run, built and connected."""
+
+    config: RunConfig
+    manifest: Manifest
+    method: Method
+    backend: LocalBackend
+    optimizer: Optimizer
+    schedule: Schedule
+    ema: WeightEMA | None
+    train_source: EpochSource
+    val_source: EpochSource
+    test_source: EpochSource | None
+    warm_up_source: Callable[[], EpochSource]
+    eval_size: int
+    precision: str
+    lr: float
+    head_lr: float
+    steps_per_epoch: int
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.manifest.classes
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.manifest.classes)
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * self.config.train.epochs
+
+    @property
+    def train_images(self) -> int:
+        return self.manifest.counts["train"]
+
+    @property
+    def head_only(self) -> bool:
+        """Whether the backbone is not trained at all."""
+        return not self.method.parameter_roles()["backbone"]
+
+    def plan(self) -> RunPlan:
+        counts = self.manifest.counts
+        return RunPlan(
+            train_images=counts["train"],
+            val_images=counts["val"],
+            test_images=counts.get("test", 0),
+            classes=self.num_classes,
+            steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps,
+            feature_dim=self.method.head.in_features,
+            parameters=parameter_count(self.method),
+            trainable_parameters=parameter_count(self.method, trainable_only=True),
+            model=self.config.model.name,
+            method=self.method.name,
+            device=str(self.backend.device),
+            precision=self.precision,
+            source=self.train_source.kind,
+            lr=self.lr,
+            head_lr=self.head_lr,
+        )
+
+
+def assemble(
+    config: RunConfig, *, scan_progress: Callable[[int, int], None] | None = None
+) -> Parts:
+    """Builds every part of the run that ``config`` describes.
+
+    Args:
+        config: checked settings.
+        scan_progress: called with (done, total) files where the data has to be scanned first.
+
+    Raises:
+        MooringError: settings, data or weights cannot be used; says what to do.
+    """
+    _check_mixing(config)
+    train = config.train
+    device = choose_device(train.device)
+    precision = choose_precision(train.precision, device)
+    backend = LocalBackend(device, precision)
+    manifest = open_data(config, scan_progress)
+    encoder = _encoder(config).to(device)
+    head = build_head(encoder.feature_dim, len(manifest.classes), std=getattr(config.method, "head_init_std", 0.01))
+    if train.channels_last:
+        encoder.to(memory_format=torch.channels_last)
+    method = build_method(config.method, encoder, head, label_smoothing=train.label_smoothing).to(device)
+    if train.batchnorm == "frozen":
+        freeze_statistics(encoder)
+    if train.compile:
+        encoder.compile()  # in place: names of parameters stay
+
+    own_size = int(encoder.data_config["input_size"][-1])
+    eval_size = train.eval_size or own_size
+    train_size = train.image_size or own_size
+    model_input = ModelInput.from_model_config(encoder.data_config, size=train_size)
+    training = preset(config.data.augment, model_input)
+    testing = evaluation(ModelInput.from_model_config(encoder.data_config, size=eval_size))
+
+    def source(split: str, *, is_training: bool, seed: int = config.seed) -> EpochSource:
+        return make_source(
+            config.data.source,
+            manifest.split(split),
+            training if is_training else testing,
+            batch_size=train.batch_size if is_training else _eval_batch(config, manifest.counts[split]),
+            training=is_training,
+            seed=seed,
+            workers=config.data.workers,
+            views=method.needs.views if is_training else 0,
+            device=device,
+        )
+
+    def warm_up_source() -> EpochSource:
+        return source("train", is_training=True, seed=config.seed ^ _WARM_UP_SEED)
+
+    train_source = source("train", is_training=True)
+    lr = config.optimizer.lr or default_lr(config.optimizer.name)
+    multiplier = config.optimizer.head_lr_multiplier or method.head_lr_multiplier(
+        train.batch_size * train.accumulate, config.optimizer.name
+    )
+    groups = parameter_groups(
+        method,
+        method.parameter_roles(),
+        lr=lr,
+        head_lr_multiplier=multiplier,
+        weight_decay=config.optimizer.weight_decay,
+        layer_decay=config.optimizer.layer_decay,
+        decay_norm_and_bias=config.optimizer.decay_norm_and_bias,
+    )
+    optimizer = build_optimizer(groups, config.optimizer, device)
+    steps_per_epoch = math.ceil(len(train_source) / train.accumulate)
+    return Parts(
+        config=config,
+        manifest=manifest,
+        method=method,
+        backend=backend,
+        optimizer=optimizer,
+        schedule=Schedule(optimizer, config.schedule, steps_per_epoch * train.epochs, steps_per_epoch),
+        ema=None if train.ema_decay is None else WeightEMA(method, train.ema_decay),
+        train_source=train_source,
+        val_source=source("val", is_training=False),
+        test_source=source("test", is_training=False) if "test" in manifest.counts else None,
+        warm_up_source=warm_up_source,
+        eval_size=eval_size,
+        precision=precision,
+        lr=lr,
+        head_lr=lr * multiplier,
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def open_data(
+    config: RunConfig, progress: Callable[[int, int], None] | None = None, path: Path | None = None
+) -> Manifest:
+    """The manifest of ``path`` (default: the run's own data), scanned on first use and cached after that."""
+    data = config.data
+    return open_manifest(
+        path or data.path,
+        cache_folder() / "manifests",
+        val_fraction=data.val_fraction,
+        seed=config.seed,
+        workers=data.workers,
+        max_pixels=data.max_pixels,
+        progress=progress,
+    )
+
+
+def _encoder(config: RunConfig) -> Encoder:
+    model, train = config.model, config.train
+    return build_encoder(
+        model.name,
+        weights=model.weights,
+        drop_rate=model.drop_rate,
+        drop_path_rate=model.drop_path_rate,
+        image_size=train.image_size,
+    )
+
+
+def _eval_batch(config: RunConfig, images: int) -> int:
+    """Evaluation keeps no graph, so twice the training batch fits; a small split needs no padding beyond itself."""
+    return min(2 * config.train.batch_size, images)
+
+
+def _check_mixing(config: RunConfig) -> None:
+    if method_class(config.method.name).needs.mixing or not (config.train.mixup or config.train.cutmix):
+        return
+    raise ConfigError(
+        f"method.name={config.method.name} does not define mixup or cutmix (its bank holds one label a row): "
+        "set train.mixup=0 and train.cutmix=0, or take another method"
+    )

@@ -1,0 +1,88 @@
+"""CPU kernels on raw addresses (csrc/bindings.cpp). Callers check dtype, layout and shape first.
+
+``*_dtype`` is 0 for float32 and 1 for bfloat16; every other matrix is float32, labels are int64, all
+contiguous. Sizes and ranges that are wrong raise ValueError.
+"""
+
+def cpu_capability() -> str: ...
+def cpu_capabilities() -> list[str]: ...
+def set_cpu_capability(name: str) -> None: ...
+def row_normalise_forward(
+    x: int, dtype: int, eps: float, unit: int, norm: int, N: int, D: int, threads: int, /
+) -> None: ...
+def row_normalise_backward(
+    grad_unit: int,
+    grad_norm: int,
+    unit: int,
+    norm: int,
+    dtype: int,
+    eps: float,
+    grad_x: int,
+    N: int,
+    D: int,
+    threads: int,
+    /,
+) -> None: ...
+def ring_push(
+    fields: list[tuple[int, int, int, int, int]],
+    bank_labels: int,
+    labels: int,
+    K: int,
+    B: int,
+    head: int,
+    normalise: bool,
+    threads: int,
+    /,
+) -> None: ...
+def class_statistics(
+    frozen: int,
+    frozen_dtype: int,
+    tuned: int,
+    tuned_dtype: int,
+    labels: int,
+    head_weight: int,
+    cga_scale: float,
+    frozen_mean: int,
+    tuned_mean: int,
+    count: int,
+    K: int,
+    D: int,
+    C: int,
+    threads: int,
+    /,
+) -> None: ...
+def calibrate_residual(
+    frozen: int, dtype: int, labels: int, frozen_mean: int, out: int, K: int, D: int, C: int, threads: int, /
+) -> None: ...
+def calibrate_place(
+    rows: int, labels: int, tuned_mean: int, scale: float, K: int, D: int, C: int, threads: int, /
+) -> None: ...
+def calibrate_translate(
+    frozen: int,
+    dtype: int,
+    labels: int,
+    frozen_mean: int,
+    tuned_mean: int,
+    scale: float,
+    out: int,
+    K: int,
+    D: int,
+    C: int,
+    threads: int,
+    /,
+) -> None: ...
+def softmax_cross_entropy_forward(
+    logits: int, labels: int, smoothing: float, loss: int, lse: int, N: int, C: int, threads: int, /
+) -> None: ...
+def softmax_cross_entropy_backward(
+    logits: int,
+    labels: int,
+    lse: int,
+    scale: float,
+    smoothing: float,
+    grad: int,
+    N: int,
+    C: int,
+    threads: int,
+    /,
+) -> None: ...

@@ -1,0 +1,28 @@
+"""Kernels of Mooring, usable without the engine: one public function per op, each with four implementations.
+
+``impl="auto"`` takes Triton for CUDA tensors, the C++ kernels for CPU tensors, and the reference (plain
+torch operations, float64-capable) where neither applies.
+"""
+
+# torch first: its OpenMP runtime must be the one in the process when the native module is loaded.
+import torch  # noqa: F401
+
+from mooring_kernels.bank_cross_entropy.op import bank_cross_entropy
+from mooring_kernels.calibrate.op import calibrate
+from mooring_kernels.class_statistics.op import class_statistics
+from mooring_kernels.procrustes_rotation.op import procrustes_rotation
+from mooring_kernels.ring_push.op import ring_push_
+from mooring_kernels.row_normalise.op import row_normalise
+from mooring_kernels.runtime.dispatch import Impl
+from mooring_kernels.runtime.native import cpu_capability
+
+__all__ = [
+    "Impl",
+    "bank_cross_entropy",
+    "calibrate",
+    "class_statistics",
+    "cpu_capability",
+    "procrustes_rotation",
+    "ring_push_",
+    "row_normalise",
+]

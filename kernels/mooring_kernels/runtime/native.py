@@ -1,0 +1,53 @@
+"""Access to the native module: whether it is built, which instruction set it uses, tensors as its arguments."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_BUILD = "python -m pip install --no-build-isolation --no-deps -e ."
+
+# A source checkout works without the native module, by the reference implementations.
+NATIVE_BUILT = importlib.util.find_spec("mooring_kernels._C") is not None
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def native_module() -> ModuleType:
+    """The native module ``mooring_kernels._C``.
+
+    Raises:
+        ImportError: it is not built; the message holds the command that builds it.
+    """
+    try:
+        from mooring_kernels import _C
+    except ImportError as err:
+        if NATIVE_BUILT:
+            raise  # it is there and cannot be loaded: the reason is in the original error
+        raise ImportError(f"the native module mooring_kernels._C is not built: run  {_BUILD}") from err
+    return _C
+
+
+def cpu_capability() -> str:
+    """The instruction set of the CPU kernels: ``"scalar"``, ``"avx2"`` or ``"avx512"``.
+
+    It is the strongest one that the CPU has, or the one the environment variable MOORING_CPU names.
+
+    Raises:
+        ImportError: the native module is not built.
+        ValueError: MOORING_CPU names a set that is unknown or that this CPU does not have.
+    """
+    return native_module().cpu_capability()
+
+
+def dtype_code(tensor: Tensor) -> int:
+    """How the native module calls the dtype of ``tensor``: 0 is float32, 1 is bfloat16."""
+    return _CODES[tensor.dtype]
+
+
+def threads() -> int:
+    """How many threads a native kernel may use: as many as torch does."""
+    return torch.get_num_threads()

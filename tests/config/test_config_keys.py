@@ -1,0 +1,127 @@
+"""The full list of settings, frozen: a change here is a change of the public interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mooring.config.keys import METHODS, all_keys, nearest
+from mooring.config.load import load_config
+from mooring.config.schema import RunConfig
+
+FROZEN: dict[str, Any] = {
+    "data.path": None,
+    "data.source": "auto",
+    "data.augment": "standard",
+    "data.val_fraction": 0.15,
+    "data.workers": 2,
+    "data.max_pixels": 100_000_000,
+    "out": None,
+    "seed": 0,
+    "resume": None,
+    "model.name": "tf_efficientnet_lite0",
+    "model.weights": "auto",
+    "model.drop_rate": 0.0,
+    "model.drop_path_rate": 0.0,
+    "method.name": "dr_tune",
+    "method.probe_fraction": 0.3,
+    "method.bank_size": 2048,
+    "method.bank_dtype": "float32",
+    "method.rotation": "cached",
+    "method.rotation_period": 10,
+    "method.rotation_ridge": 1e-3,
+    "method.rotation_centred": True,
+    "method.rotation_det_fix": False,
+    "method.rotation_solver": "auto",
+    "method.translation": True,
+    "method.cga_scale": 1.0,
+    "method.loss_form": "mean",
+    "method.head_init_std": 0.01,
+    "train.epochs": 20,
+    "train.batch_size": 32,
+    "train.accumulate": 1,
+    "train.image_size": None,
+    "train.eval_size": None,
+    "train.precision": "auto",
+    "train.channels_last": True,
+    "train.batchnorm": "train",
+    "train.clip_grad_norm": None,
+    "train.label_smoothing": 0.0,
+    "train.mixup": 0.0,
+    "train.cutmix": 0.0,
+    "train.ema_decay": None,
+    "train.compile": False,
+    "train.device": "auto",
+    "train.threads": None,
+    "optimizer.name": "adamw",
+    "optimizer.implementation": "auto",
+    "optimizer.lr": None,
+    "optimizer.head_lr_multiplier": None,
+    "optimizer.layer_decay": None,
+    "optimizer.weight_decay": 1e-4,
+    "optimizer.decay_norm_and_bias": False,
+    "optimizer.momentum": 0.9,
+    "optimizer.nesterov": True,
+    "optimizer.betas": [0.9, 0.999],
+    "optimizer.eps": 1e-8,
+    "schedule.name": "cosine",
+    "schedule.warmup_epochs": 1.0,
+    "schedule.final_ratio": 0.0,
+    "schedule.milestones": [0.6, 0.8],
+    "schedule.gamma": 0.1,
+    "backend.name": "auto",
+    "report.progress": "auto",
+    "report.log_every": 10,
+    "report.tensorboard": True,
+    "report.plots": True,
+}
+# `data` and `method` themselves are the short forms of data.path and method.name
+PROMISED = (
+    "out", "seed", "model.name", "model.weights", "method.name", "train.epochs", "train.batch_size",
+    "train.image_size", "optimizer.name", "optimizer.lr", "backend.name", "resume",
+)  # fmt: skip
+
+
+def test_keys_and_defaults_are_frozen() -> None:
+    assert {key.name: key.default for key in all_keys().values()} == FROZEN
+
+
+def test_promised_keys_stay() -> None:
+    assert set(PROMISED) <= set(all_keys())
+
+
+def test_only_the_data_must_be_given() -> None:
+    assert [key.name for key in all_keys().values() if key.required] == ["data.path"]
+
+
+@pytest.mark.parametrize("key", all_keys().values(), ids=lambda key: key.name)
+def test_every_key_is_described_and_can_be_set_to_its_default(key: Any) -> None:
+    assert key.description, "each key needs a line for `mooring info --keys`"
+    assert key.expected
+    value = "photos" if key.required else "none" if key.default is None else key.default
+    shown = str(value).lower() if isinstance(value, bool) else str(value)
+    overrides = ["data=photos", f"{key.name}={shown}"]
+    expected = RunConfig.model_validate({"data": "photos"})
+    if key.methods:
+        overrides.append(f"method={key.methods[0]}")
+        expected = expected.model_copy(update={"method": METHODS[key.methods[0]]()})
+    assert load_config(None, overrides) == expected
+
+
+@pytest.mark.parametrize(
+    ("word", "found"),
+    [
+        ("lr", "optimizer.lr"),
+        ("epochs", "train.epochs"),
+        ("train.epoch", "train.epochs"),
+        ("optimiser.lr", "optimizer.lr"),
+        ("modle.name", "model.name"),
+        ("bank_size", "method.bank_size"),
+        ("method.bank-size", "method.bank_size"),
+        ("batch_size", "train.batch_size"),
+        ("qqq.zzz", None),
+    ],
+)
+def test_nearest_name(word: str, found: str | None) -> None:
+    assert nearest(word, tuple(all_keys())) == found

@@ -1,0 +1,206 @@
+"""Whole runs on generated photos: what they leave behind, how they stop, how they go on."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mooring import Engine
+from mooring.config.load import load_config
+from mooring.errors import DataError, MooringError, RunFolderError
+from mooring.report.metrics_log import read_metrics
+from mooring.train.inference import load_run
+
+
+def state_of(engine: Engine) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in engine.method.state_dict().items()}
+
+
+@pytest.mark.parametrize("method", ["fine_tune", "linear_probe", "lp_ft", "dr_tune"])
+def test_a_run_leaves_everything_it_promises(make_config, method: str) -> None:
+    settings = {"name": method, **({"bank_size": 16} if method == "dr_tune" else {})}
+    config = make_config(method=settings)
+    result = Engine.build(config).fit()
+    run = result.run
+    for name in ("config.toml", "environment.json", "metrics.jsonl", "result.json", "curves.png", "confusion.png"):
+        assert (run / name).stat().st_size > 0, name
+    assert any((run / "tensorboard").iterdir())
+    assert load_config(run / "config.toml", []).model_dump() == config.model_dump()
+    records = read_metrics(run)
+    assert [r.epoch for r in records if r.kind == "val"] == [0, 1]
+    assert [r.kind for r in records].count("test") == 1
+    assert result.test is not None and result.val is not None
+    assert result.test.n == 12
+    assert not result.interrupted
+    with Image.open(run / "curves.png") as picture:
+        assert picture.width > 400
+
+
+@pytest.mark.parametrize("method", ["linear_probe", "dr_tune"])
+def test_exported_model_gives_the_tested_predictions(make_config, method: str, photos: Path) -> None:
+    """The folder that timm opens has the best epoch's accuracy on the test split, image by image."""
+    settings = {"name": method, **({"bank_size": 16} if method == "dr_tune" else {})}
+    result = Engine.build(make_config(method=settings)).fit()
+    predictor = load_run(result.run)
+    again = predictor.evaluate(None, "test")
+    assert torch.equal(again.confusion, result.test.confusion)
+    assert abs(again.nll - result.test.nll) < 1e-4
+    files = sorted((photos / "test").rglob("*.jpg"))
+    answers = predictor.predict_files(files)
+    right = sum(answer[0][0] == file.parent.name for answer, file in zip(answers, files, strict=True))
+    assert right == int(result.test.confusion.diagonal().sum())
+
+
+def test_learns_the_colours(make_config) -> None:
+    config = make_config(
+        train={"epochs": 6, "batch_size": 6, "image_size": 32, "eval_size": 32, "device": "cpu"},
+        optimizer={"lr": 2e-3},
+    )
+    assert Engine.build(config).fit().test.top1 > 0.8
+
+
+def test_same_seed_same_weights_and_another_seed_others(make_config, tmp_path: Path) -> None:
+    finals = []
+    for i, seed in enumerate((3, 3, 4)):
+        engine = Engine.build(make_config(seed=seed, out=tmp_path / f"run{i}", method={"name": "dr_tune", "bank_size": 16}))
+        engine.fit()
+        finals.append(state_of(engine))
+    assert all(torch.equal(a, b) for a, b in zip(finals[0].values(), finals[1].values(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(finals[0].values(), finals[2].values(), strict=True))
+
+
+@pytest.mark.parametrize("source", ["torch", "dali"])
+@pytest.mark.parametrize("method", ["fine_tune", "dr_tune"])
+def test_state_taken_mid_epoch_continues_bit_for_bit(make_config, tmp_path: Path, source: str, method: str) -> None:
+    settings = {"name": method, **({"bank_size": 16} if method == "dr_tune" else {})}
+    options = {
+        "method": settings,
+        "data": {"source": source},
+        "train": {"mixup": 0.2} if method == "fine_tune" else {},
+        "optimizer": {"name": "sgd", "lr": 0.01},
+    }
+
+    def steps(engine: Engine, count: int) -> None:
+        while count:
+            for group in engine.epoch_groups():
+                engine.step(group)
+                count -= 1
+                if count == 0:
+                    return
+
+    whole = Engine.build(make_config(**options))
+    steps(whole, 7)
+    first = Engine.build(make_config(**options))
+    steps(first, 3)
+    first.save(tmp_path / "state")
+    torch.randn(100)  # another process would have another random position
+    second = Engine.build(make_config(**options))
+    second.resume(tmp_path / "state")
+    steps(second, 4)
+    assert second.global_step == whole.global_step == 7
+    for (name, a), b in zip(state_of(whole).items(), state_of(second).values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_interrupt_keeps_a_valid_run_folder_and_resume_finishes_it(make_config, monkeypatch, tmp_path: Path) -> None:
+    config = make_config(train={"epochs": 3})
+    engine = Engine.build(config)
+    real, calls = engine.step, []
+
+    def step(group):
+        if len(calls) == engine.steps_per_epoch + 1:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real(group)
+
+    monkeypatch.setattr(engine, "step", step)
+    result = engine.fit()
+    assert result.interrupted
+    assert json.loads((result.run / "result.json").read_text())["interrupted"] is True
+    assert load_run(result.run).classes == ["class_0", "class_1", "class_2"]
+    resumed = config.model_copy(update={"resume": str(result.run)})
+    finished = Engine.build(resumed).fit()
+    assert not finished.interrupted and finished.run == result.run
+    steps = [r.step for r in read_metrics(finished.run) if r.kind == "train"]
+    assert steps == sorted(set(steps))
+    undisturbed = Engine.build(make_config(train={"epochs": 3}, out=tmp_path / "other"))
+    undisturbed.fit()
+    assert torch.equal(finished.test.confusion, undisturbed.evaluate(undisturbed.test_source).confusion)
+
+
+def test_interrupt_before_the_first_validation_still_exports_a_model(make_config, monkeypatch) -> None:
+    engine = Engine.build(make_config())
+
+    def step(group):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "step", step)
+    result = engine.fit()
+    assert result.interrupted and result.val is None
+    load_run(result.run)
+
+
+def test_a_full_disk_is_said_in_one_sentence(make_config, monkeypatch) -> None:
+    engine = Engine.build(make_config())
+
+    def save(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(engine, "save", save)
+    with pytest.raises(RunFolderError, match="the disk is full"):
+        engine.fit()
+
+
+def test_accumulation_counts_optimizer_steps(make_config) -> None:
+    engine = Engine.build(make_config(train={"accumulate": 2, "batch_size": 4}))
+    groups = [len(g) for g in engine.epoch_groups()]
+    assert len(groups) == engine.steps_per_epoch
+    assert set(groups[:-1]) == {2}
+
+
+def test_step_in_a_loop_of_ones_own(make_config) -> None:
+    engine = Engine.build(make_config(method={"name": "dr_tune", "bank_size": 16}))
+    losses = [engine.step(batch).loss for batch in engine.train_source]
+    assert len(losses) == engine.steps_per_epoch == engine.global_step
+    assert all(loss.ndim == 0 and torch.isfinite(loss) for loss in losses)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"train": {"precision": "bf16"}},
+        {"train": {"ema_decay": 0.9}},
+        {"train": {"batchnorm": "frozen"}},
+        {"train": {"label_smoothing": 0.1, "mixup": 0.2, "cutmix": 1.0}},
+        {"train": {"clip_grad_norm": 1.0}},
+        {"optimizer": {"name": "lamb", "layer_decay": 0.8}},
+        {"optimizer": {"name": "sgd"}, "schedule": {"name": "step", "warmup_epochs": 0}},
+        {"data": {"augment": "strong"}},
+    ],
+    ids=lambda o: "-".join(f"{k}.{n}" for k, t in o.items() for n in t),
+)
+def test_every_option_runs(make_config, options: dict) -> None:
+    train = {"epochs": 1, **options.get("train", {})}
+    result = Engine.build(make_config(**{**options, "train": train})).fit()
+    assert result.val is not None and result.val.nll == result.val.nll
+
+
+def test_mixing_is_refused_where_the_method_does_not_define_it(make_config) -> None:
+    with pytest.raises(MooringError, match=r"dr_tune.*mixup"):
+        Engine.build(make_config(method={"name": "dr_tune"}, train={"mixup": 0.2}))
+
+
+def test_batch_larger_than_the_data(make_config) -> None:
+    with pytest.raises(DataError, match="batch"):
+        Engine.build(make_config(train={"batch_size": 64}))
+
+
+def test_a_diverging_run_stops_with_advice(make_config) -> None:
+    config = make_config(optimizer={"name": "sgd", "lr": 1e8}, report={"progress": "quiet", "log_every": 1})
+    with pytest.raises(MooringError, match=r"loss became .*optimizer\.lr"):
+        Engine.build(config).fit()
