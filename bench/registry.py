@@ -15,6 +15,7 @@ from torch import Tensor
 
 import mooring_kernels as ops
 from bench.baselines import dr_tune
+from mooring_kernels.runtime.dispatch import Impl
 
 Inputs = dict[str, Any]
 Outputs = tuple[Tensor, ...]
@@ -123,10 +124,10 @@ def _head(size: Size, generator: torch.Generator) -> Tensor:
     return 0.01 * _normal(generator, size.C, size.D)
 
 
-def _implementations(call: Callable[[Inputs, str], Outputs]) -> tuple[Candidate, ...]:
+def _implementations(call: Callable[[Inputs, Impl], Outputs]) -> tuple[Candidate, ...]:
     """Eager reference first, then its compiled and graphed forms, then ours."""
 
-    def with_implementation(name: str) -> Callable[[Inputs], Outputs]:
+    def with_implementation(name: Impl) -> Callable[[Inputs], Outputs]:
         return lambda inputs: call(inputs, name)
 
     reference = with_implementation("reference")
@@ -169,7 +170,7 @@ def _ring_push() -> Operation:
             "labels": torch.randint(0, size.C, (size.B,), generator=generator),
         }
 
-    def push(i: Inputs, impl: str) -> Outputs:
+    def push(i: Inputs, impl: Impl) -> Outputs:
         ops.ring_push_(i["bank_fields"], i["bank_labels"], i["fields"], i["labels"], 0, impl=impl)
         return (*i["bank_fields"], i["bank_labels"])
 
@@ -218,7 +219,7 @@ def _calibrate(rotated: bool) -> Operation:
             "scale": torch.tensor(17.0),
         }
 
-    def call(i: Inputs, impl: str) -> Outputs:
+    def call(i: Inputs, impl: Impl) -> Outputs:
         return (
             ops.calibrate(
                 i["frozen"], i["tuned"], i["labels"], i["head_weight"], i["rotation"], i["scale"], impl=impl
@@ -256,7 +257,7 @@ def _calibrate(rotated: bool) -> Operation:
 
 
 def _procrustes_rotation() -> Operation:
-    def call(solver: str) -> Callable[[Inputs], Outputs]:
+    def call(solver: Literal["svd", "polar"]) -> Callable[[Inputs], Outputs]:
         return lambda i: (ops.procrustes_rotation(i["frozen"], i["tuned"], i["labels"], solver=solver),)
 
     return Operation(

@@ -30,6 +30,8 @@ def cache_weights(checkpoint: Path) -> Path:
     renamed = {}
     for (name, want), (old, tensor) in zip(ours.items(), theirs.items(), strict=True):
         if want.shape != tensor.shape or name.rsplit(".", 1)[-1] != old.rsplit(".", 1)[-1]:
-            raise SystemExit(f"{checkpoint}: {old} {tuple(tensor.shape)} does not match {name} {tuple(want.shape)}")
+            raise SystemExit(
+                f"{checkpoint}: {old} {tuple(tensor.shape)} does not match {name} {tuple(want.shape)}"
+            )
         renamed[name] = tensor
     return write_weights_cache(MODEL, renamed)

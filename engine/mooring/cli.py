@@ -193,9 +193,12 @@ def train(
     recipe, overrides = _recipe_and_overrides(arguments or [])
     config = load_config(recipe, [*overrides, *([f"resume={resume}"] if resume is not None else [])])
 
+    from mooring.report.progress import counting
     from mooring.train.engine import Engine
 
-    engine = Engine.build(config)
+    # a first use of a data path decodes every image: that can take minutes, and must not look like a hang
+    with counting("reading the data", "images", config.report.progress) as progress:
+        engine = Engine.build(config, scan_progress=progress)
     if dry_run:
         try:
             _print_plan(config, engine.plan())

@@ -8,7 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from mooring.config.method_settings import DRTuneSettings, FineTuneSettings, LinearProbeSettings, LPFTSettings, Settings
+from mooring.config.method_settings import (
+    DRTuneSettings,
+    FineTuneSettings,
+    LinearProbeSettings,
+    LPFTSettings,
+    Settings,
+)
 from mooring.data.batch import Batch
 from mooring.methods.base import At, Method, SetupContext
 from mooring.methods.registry import build_method

@@ -12,7 +12,9 @@ from mooring.methods.bank import BankSpec, FeatureBank
 
 def push_rows(bank: FeatureBank, count: int, start: int) -> None:
     ids = torch.arange(start, start + count)
-    rows = torch.nn.functional.normalize(torch.randn(count, 5, generator=torch.Generator().manual_seed(start)))
+    rows = torch.nn.functional.normalize(
+        torch.randn(count, 5, generator=torch.Generator().manual_seed(start))
+    )
     bank.push({"frozen": 3 * rows, "tuned": -2 * rows}, ids % 7, ids)
 
 
@@ -70,7 +72,9 @@ def test_fingerprint_sees_one_changed_element_and_a_swap() -> None:
 def test_wrong_fields_and_shapes_are_named() -> None:
     bank = FeatureBank(BankSpec(4, {"frozen": 5, "tuned": 5}))
     with pytest.raises(ValueError, match=r"holds the fields \['frozen', 'tuned'\], got \['frozen'\]"):
-        bank.push({"frozen": torch.ones(1, 5)}, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+        bank.push(
+            {"frozen": torch.ones(1, 5)}, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+        )
     other = FeatureBank(BankSpec(4, {"frozen": 7, "tuned": 5}))
     with pytest.raises(ValueError, match="resume with the same settings"):
         bank.load_state_dict(other.state_dict())

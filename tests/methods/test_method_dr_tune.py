@@ -19,26 +19,28 @@ def ready(batches: int = 3, kind: str = "vit", **settings: object) -> DRTune:
     return method.train()
 
 
-def naive_loss(method: DRTune, features: torch.Tensor, labels: torch.Tensor, *, rotated: bool) -> torch.Tensor:
+def naive_loss(
+    method: DRTune, features: torch.Tensor, labels: torch.Tensor, *, rotated: bool
+) -> torch.Tensor:
     """Spec 1.4 and 1(c) with Python loops over classes, in float64, written without the ops."""
     weight = method.head.weight.detach().double()
     bias = method.head.bias.detach().double()
     bank = method.bank.view()
     keep = bank.labels >= 0
-    p, d, l = bank["frozen"][keep].double(), bank["tuned"][keep].double(), bank.labels[keep]
+    p, d, y = bank["frozen"][keep].double(), bank["tuned"][keep].double(), bank.labels[keep]
     rotation = method.rotation.double() if rotated else torch.eye(p.shape[1], dtype=torch.float64)
     scale = features.detach().double().norm(dim=1).mean()
     rows = []
-    for k in range(len(l)):
-        mates = [j for j in range(len(l)) if l[j] == l[k]]
+    for k in range(len(y)):
+        mates = [j for j in range(len(y)) if y[j] == y[k]]
         mean = sum(p[j] for j in mates) / len(mates)
-        prototype = weight[l[k]] / weight[l[k]].norm()
+        prototype = weight[y[k]] / weight[y[k]].norm()
         confidence = torch.tensor([float(d[j] @ prototype) for j in mates], dtype=torch.float64).exp()
         target = sum(c * d[j] for c, j in zip(confidence / confidence.sum(), mates, strict=True))
         moved = rotation @ (p[k] - mean) + target
         rows.append(scale * moved / moved.norm().clamp_min(1e-12))
     logits = torch.cat([features.double(), torch.stack(rows)]) @ weight.T + bias
-    return F.cross_entropy(logits, torch.cat([labels, l]))
+    return F.cross_entropy(logits, torch.cat([labels, y]))
 
 
 @pytest.mark.parametrize("rotation", ["cached", "every_step", "skip", "off"])
@@ -155,7 +157,10 @@ def test_frozen_encoder_stays_frozen() -> None:
     for step in range(3):
         train_step(method, [make_batch(8, 4, seed=step)], optimizer, at(step))
     assert not any(m.training for m in method.frozen_encoder.modules())
-    assert all(torch.equal(a, b) for a, b in zip(frozen.values(), method.frozen_encoder.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(frozen.values(), method.frozen_encoder.state_dict().values(), strict=True)
+    )
     assert not any("frozen" in name for name, _ in method.named_parameters())
 
 

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-
 from method_cases import SETTINGS, at, context, make_batch, make_method, train_step, trained_parameters
+
 from mooring.methods.registry import METHODS
 
 

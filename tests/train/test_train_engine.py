@@ -27,7 +27,14 @@ def test_a_run_leaves_everything_it_promises(make_config, method: str) -> None:
     config = make_config(method=settings)
     result = Engine.build(config).fit()
     run = result.run
-    for name in ("config.toml", "environment.json", "metrics.jsonl", "result.json", "curves.png", "confusion.png"):
+    for name in (
+        "config.toml",
+        "environment.json",
+        "metrics.jsonl",
+        "result.json",
+        "curves.png",
+        "confusion.png",
+    ):
         assert (run / name).stat().st_size > 0, name
     assert any((run / "tensorboard").iterdir())
     assert load_config(run / "config.toml", []).model_dump() == config.model_dump()
@@ -67,7 +74,9 @@ def test_learns_the_colours(make_config) -> None:
 def test_same_seed_same_weights_and_another_seed_others(make_config, tmp_path: Path) -> None:
     finals = []
     for i, seed in enumerate((3, 3, 4)):
-        engine = Engine.build(make_config(seed=seed, out=tmp_path / f"run{i}", method={"name": "dr_tune", "bank_size": 16}))
+        engine = Engine.build(
+            make_config(seed=seed, out=tmp_path / f"run{i}", method={"name": "dr_tune", "bank_size": 16})
+        )
         engine.fit()
         finals.append(state_of(engine))
     assert all(torch.equal(a, b) for a, b in zip(finals[0].values(), finals[1].values(), strict=True))
@@ -76,7 +85,9 @@ def test_same_seed_same_weights_and_another_seed_others(make_config, tmp_path: P
 
 @pytest.mark.parametrize("source", ["torch", "dali"])
 @pytest.mark.parametrize("method", ["fine_tune", "dr_tune"])
-def test_state_taken_mid_epoch_continues_bit_for_bit(make_config, tmp_path: Path, source: str, method: str) -> None:
+def test_state_taken_mid_epoch_continues_bit_for_bit(
+    make_config, tmp_path: Path, source: str, method: str
+) -> None:
     settings = {"name": method, **({"bank_size": 16} if method == "dr_tune" else {})}
     options = {
         "method": settings,
@@ -107,7 +118,9 @@ def test_state_taken_mid_epoch_continues_bit_for_bit(make_config, tmp_path: Path
         assert torch.equal(a, b), name
 
 
-def test_interrupt_keeps_a_valid_run_folder_and_resume_finishes_it(make_config, monkeypatch, tmp_path: Path) -> None:
+def test_interrupt_keeps_a_valid_run_folder_and_resume_finishes_it(
+    make_config, monkeypatch, tmp_path: Path
+) -> None:
     config = make_config(train={"epochs": 3})
     engine = Engine.build(config)
     real, calls = engine.step, []

@@ -140,7 +140,9 @@ class FeatureBank:
         saved = {n: (tuple(t.shape), t.dtype) for n, t in state["fields"].items()}
         here = {n: (tuple(t.shape), t.dtype) for n, t in self._fields.items()}
         if saved != here:
-            raise ValueError(f"the saved bank holds {saved}, this run needs {here}: resume with the same settings")
+            raise ValueError(
+                f"the saved bank holds {saved}, this run needs {here}: resume with the same settings"
+            )
         for name, rows in self._fields.items():
             rows.copy_(state["fields"][name])
         self._labels.copy_(state["labels"])

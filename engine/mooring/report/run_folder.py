@@ -65,6 +65,23 @@ def data_name(data: Path) -> str:
     return re.sub(r"\.(csv|tsv|parquet)$", "", data.resolve().name, flags=re.IGNORECASE) or "data"
 
 
+def check_run_folder(path: Path, *, resume: bool = False) -> None:
+    """Looks, without creating anything, whether ``path`` can become or continue a run folder.
+
+    Raises:
+        RunFolderError: it is a file, or holds something else.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"out: expected a folder, got the file {path}: choose another out=")
+    if resume:
+        _require_run(path)
+    elif path.is_dir() and any(path.iterdir()):
+        raise RunFolderError(
+            f"out: expected a new or empty folder, got {path}, which is not empty: choose another out=, "
+            f"or continue that run with resume={path}"
+        )
+
+
 def open_run_folder(path: Path, *, resume: bool = False, need_bytes: int = MINIMUM_FREE_BYTES) -> RunFolder:
     """Creates the folder of a fresh run, or opens that of a run to continue.
 
@@ -76,15 +93,7 @@ def open_run_folder(path: Path, *, resume: bool = False, need_bytes: int = MINIM
     Raises:
         RunFolderError: it is a file, holds something else, cannot be written, or the disk is nearly full.
     """
-    if path.exists() and not path.is_dir():
-        raise RunFolderError(f"out: expected a folder, got the file {path}: choose another out=")
-    if resume:
-        _require_run(path)
-    elif path.is_dir() and any(path.iterdir()):
-        raise RunFolderError(
-            f"out: expected a new or empty folder, got {path}, which is not empty: choose another out=, "
-            f"or continue that run with resume={path}"
-        )
+    check_run_folder(path, resume=resume)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

@@ -79,6 +79,11 @@ def save_tree(folder: str | Path, tree: Any, *, replace: bool = False) -> Path:
     return folder
 
 
+def previous_tree(folder: Path) -> Path:
+    """Where the tree that ``save_tree(folder, ..., replace=True)`` is replacing stands meanwhile."""
+    return folder.with_name(folder.name + _PREVIOUS)
+
+
 def load_tree(folder: str | Path) -> Any:
     """Reads what ``save_tree`` wrote; tensors come back contiguous and on the CPU.
 
@@ -86,9 +91,8 @@ def load_tree(folder: str | Path) -> Any:
         RunFolderError: there is no such folder, it is incomplete, or a file is not what was written.
     """
     folder = Path(folder)
-    previous = folder.with_name(folder.name + _PREVIOUS)
-    if not folder.exists() and previous.exists():
-        folder = previous
+    if not folder.exists() and previous_tree(folder).exists():
+        folder = previous_tree(folder)
     if not folder.is_dir():
         raise RunFolderError(f"{folder} does not exist: expected a folder with {MANIFEST}")
     files = _manifest(folder)
@@ -235,7 +239,7 @@ def _sync(path: Path) -> None:
 
 
 def _move_into_place(partial: Path, folder: Path) -> None:
-    previous = folder.with_name(folder.name + _PREVIOUS)
+    previous = previous_tree(folder)
     if folder.exists():
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)

@@ -22,6 +22,7 @@ from mooring.methods.registry import build_method, method_class
 from mooring.models.batchnorm import freeze_statistics, parameter_count
 from mooring.models.ema import WeightEMA
 from mooring.models.encoder import Encoder, build_encoder
+from mooring.models.export import assemble as assemble_export
 from mooring.models.groups import parameter_groups
 from mooring.models.head import build_head
 from mooring.models.weights import cache_folder
@@ -99,9 +100,7 @@ class Parts:
         )
 
 
-def assemble(
-    config: RunConfig, *, scan_progress: Callable[[int, int], None] | None = None
-) -> Parts:
+def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | None = None) -> Parts:
     """Builds every part of the run that ``config`` describes.
 
     Args:
@@ -118,18 +117,19 @@ def assemble(
     backend = LocalBackend(device, precision)
     manifest = open_data(config, scan_progress)
     encoder = _encoder(config).to(device)
-    head = build_head(encoder.feature_dim, len(manifest.classes), std=getattr(config.method, "head_init_std", 0.01))
+    head = build_head(
+        encoder.feature_dim, len(manifest.classes), std=getattr(config.method, "head_init_std", 0.01)
+    )
+    assemble_export(encoder, head)  # an architecture that cannot be exported is refused now, not at the end
     if train.channels_last:
-        encoder.to(memory_format=torch.channels_last)
+        _to_channels_last(encoder)
     method = build_method(config.method, encoder, head, label_smoothing=train.label_smoothing).to(device)
     if train.batchnorm == "frozen":
         freeze_statistics(encoder)
     if train.compile:
         encoder.compile()  # in place: names of parameters stay
 
-    own_size = int(encoder.data_config["input_size"][-1])
-    eval_size = train.eval_size or own_size
-    train_size = train.image_size or own_size
+    train_size, eval_size = _sizes(config, encoder)
     model_input = ModelInput.from_model_config(encoder.data_config, size=train_size)
     training = preset(config.data.augment, model_input)
     testing = evaluation(ModelInput.from_model_config(encoder.data_config, size=eval_size))
@@ -211,6 +211,29 @@ def _encoder(config: RunConfig) -> Encoder:
         drop_path_rate=model.drop_path_rate,
         image_size=train.image_size,
     )
+
+
+def _sizes(config: RunConfig, encoder: Encoder) -> tuple[int, int]:
+    """Training and evaluation resolution in pixels.
+
+    Raises:
+        ConfigError: two resolutions for a model that takes one.
+    """
+    own = int(encoder.data_config["input_size"][-1])
+    train, test = config.train.image_size or own, config.train.eval_size or own
+    if encoder.fixed_input_size and train != test:
+        raise ConfigError(
+            f"{config.model.name} takes images of one size: got train.image_size={train} and train.eval_size={test}; "
+            "give both the same value"
+        )
+    return train, test
+
+
+def _to_channels_last(encoder: torch.nn.Module) -> None:
+    # parameter by parameter: Module.to(memory_format=...) has no typed overload
+    for parameter in encoder.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
 def _eval_batch(config: RunConfig, images: int) -> int:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mooring.config.schema import RunConfig
 from mooring.errors import RunFolderError
 from mooring.state.rng import capture_rng, restore_rng
-from mooring.state.tree import load_tree, save_tree
+from mooring.state.tree import load_tree, previous_tree, save_tree
 
 if TYPE_CHECKING:
     from mooring.train.engine import Engine
@@ -43,10 +44,14 @@ def restore_engine(engine: Engine, state: dict[str, Any]) -> None:
         RunFolderError: the state belongs to other settings or other data.
     """
     here = _comparable(engine)
-    differing = sorted(k for k in here.keys() | state["config"].keys() if here.get(k) != state["config"].get(k))
+    differing = sorted(
+        k for k in here.keys() | state["config"].keys() if here.get(k) != state["config"].get(k)
+    )
     if differing:
         lines = [f"{k}: saved {state['config'].get(k)}, now {here.get(k)}" for k in differing]
-        raise RunFolderError("the saved run has other settings; resume with the same ones:\n  " + "\n  ".join(lines))
+        raise RunFolderError(
+            "the saved run has other settings; resume with the same ones:\n  " + "\n  ".join(lines)
+        )
     if state["manifest"] != engine.parts.manifest.digest:
         raise RunFolderError(
             f"the saved run was trained on another list of images (manifest {state['manifest'][:12]}, "
@@ -73,6 +78,28 @@ def save(engine: Engine, folder: Path) -> Path:
 def resume(engine: Engine, folder: Path) -> None:
     """Loads the state in ``folder`` into ``engine``."""
     engine.load_state_dict(load_tree(folder))
+
+
+def resumable_state(config: RunConfig) -> Path | None:
+    """The state folder that ``config.resume`` names, or None for a fresh run.
+
+    Raises:
+        RunFolderError: a run was named that has no state, or ``resume=auto`` without ``out``.
+    """
+    if config.resume is None:
+        return None
+    if config.resume == "auto" and config.out is None:
+        raise RunFolderError("resume=auto continues the run in out=; got no out")
+    run = config.out if config.resume == "auto" else Path(config.resume)
+    assert run is not None
+    state = run / "state"
+    if state.is_dir() or previous_tree(state).is_dir():
+        return state
+    if config.resume == "auto":
+        return None
+    raise RunFolderError(
+        f"resume: {config.resume} holds no state/ folder; expected a run folder of an earlier run"
+    )
 
 
 def _comparable(engine: Engine) -> dict[str, str]:

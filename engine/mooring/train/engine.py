@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import Tensor
 from mooring.config.schema import RunConfig
 from mooring.data.batch import Batch, DataSource
 from mooring.methods.base import At, SetupContext, StepOutput
+from mooring.report.run_folder import check_run_folder
 from mooring.train import checkpoint
 from mooring.train.assembly import Parts, assemble
+from mooring.train.checkpoint import resumable_state
 from mooring.train.evaluate import EvalResult, evaluate
 from mooring.train.mixer import Mixer
 from mooring.train.results import RunPlan, RunResult, StepResult
@@ -53,16 +55,22 @@ class Engine:
         self._ready = False
 
     @classmethod
-    def build(cls, config: RunConfig) -> Engine:
+    def build(cls, config: RunConfig, *, scan_progress: Callable[[int, int], None] | None = None) -> Engine:
         """Builds everything a run needs; nothing is written to the run folder yet.
 
+        Args:
+            config: checked settings.
+            scan_progress: called with (done, total) files where the data has to be scanned first.
+
         Raises:
-            MooringError: settings, data or weights cannot be used; says what to do.
+            MooringError: settings, data, weights or output folder cannot be used; says what to do.
         """
+        if config.out is not None:
+            check_run_folder(config.out, resume=resumable_state(config) is not None)
         seed_everything(config.seed)
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)
-        return cls(config, assemble(config))
+        return cls(config, assemble(config, scan_progress=scan_progress))
 
     @property
     def steps_per_epoch(self) -> int:

@@ -6,11 +6,11 @@ import errno
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
-
+from typing import TYPE_CHECKING, Literal
 
 from mooring.config.load import to_toml
 from mooring.errors import MooringError, RunFolderError
+from mooring.models.encoder import Encoder
 from mooring.models.export import export
 from mooring.report.environment import write_environment
 from mooring.report.metrics_log import MetricsLog
@@ -18,6 +18,7 @@ from mooring.report.plots import draw_run
 from mooring.report.progress import make_progress
 from mooring.report.run_folder import RunFolder, default_run_name, open_run_folder
 from mooring.state.tree import load_tree, save_tree
+from mooring.train.checkpoint import resumable_state
 from mooring.train.evaluate import EvalResult
 from mooring.train.results import RunResult
 from mooring.train.running_mean import RunningMetrics
@@ -109,11 +110,12 @@ class Fit:
             if not means["loss"] < float("inf"):  # also catches NaN
                 raise MooringError(
                     f"the training loss became {means['loss']} near step {engine.global_step}: lower optimizer.lr "
-                    f"(now {result.lr:.2g}) or set train.clip_grad_norm=1; the best epoch so far is kept in {self.folder.path}"
+                    f"(now {result.lr:.2g}) or set train.clip_grad_norm=1; "
+                    f"the best epoch so far is kept in {self.folder.path}"
                 )
             self.progress.advance(engine.global_step, means)
 
-    def _log_eval(self, kind: str, epoch: int, result: EvalResult) -> None:
+    def _log_eval(self, kind: Literal["val", "test"], epoch: int, result: EvalResult) -> None:
         values = result.scalars()
         self.log.write(kind, step=self.engine.global_step, epoch=epoch, values=values)
         self.progress.evaluated(kind, epoch, values)
@@ -135,6 +137,7 @@ class Fit:
 
     def _export(self) -> None:
         encoder, head = self.engine.method.exported()
+        assert isinstance(encoder, Encoder)  # the engine builds no other
         size = self.engine.parts.eval_size
         export(
             encoder,
@@ -194,10 +197,8 @@ class Fit:
 def fit(engine: Engine) -> RunResult:
     """See ``Engine.fit``."""
     config = engine.config
-    out = config.out or Path("runs") / default_run_name(config)
-    state = _state_to_resume(config.resume, out)
-    if state is not None and config.resume != "auto":
-        out = state.parent
+    state = resumable_state(config)
+    out = state.parent if state is not None else config.out or Path("runs") / default_run_name(config)
     try:
         folder = open_run_folder(out, resume=state is not None)
         if state is not None:
@@ -213,19 +214,3 @@ def fit(engine: Engine) -> RunResult:
                 f"resume={out}; what was finished is kept"
             ) from err
         raise
-
-
-def _state_to_resume(resume: str | None, out: Path) -> Path | None:
-    """The state folder to continue from, or None for a fresh run.
-
-    Raises:
-        RunFolderError: a run was named that has no state.
-    """
-    if resume is None:
-        return None
-    state = (out if resume == "auto" else Path(resume)) / "state"
-    if state.is_dir() or previous_tree(state).is_dir():
-        return state
-    if resume == "auto":
-        return None
-    raise RunFolderError(f"resume: {resume} holds no state/ folder; expected a run folder of an earlier run")

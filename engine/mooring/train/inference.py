@@ -87,7 +87,9 @@ class Predictor:
         except ImageProblem as problem:
             raise DataError(f"cannot decode {path}: {problem}") from None
         sizes = np.asarray([image.size], dtype=np.int64)
-        return render(image, self.augment, draw(self.augment, sizes, np.zeros(1, np.int64), seed=0, epoch=0), 0)
+        return render(
+            image, self.augment, draw(self.augment, sizes, np.zeros(1, np.int64), seed=0, epoch=0), 0
+        )
 
     def evaluate(self, data: Path | None, split: str) -> EvalResult:
         """Metrics on a split of the run's own data, or of another data set with the same classes.
@@ -106,8 +108,8 @@ class Predictor:
         if list(manifest.classes) != self.classes:
             missing = sorted(set(self.classes) ^ set(manifest.classes))
             raise DataError(
-                f"the run knows {len(self.classes)} classes, {data} has {len(manifest.classes)}; these are in one only: "
-                f"{', '.join(missing[:10])}: give data with the run's classes"
+                f"the run knows {len(self.classes)} classes, {data} has {len(manifest.classes)}; "
+                f"these are in one only: {', '.join(missing[:10])}: give data with the run's classes"
             )
         rows = manifest.split(split)
         source = make_source(

@@ -196,16 +196,18 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of features, weight and bias in fp32; an empty tensor for each that ``needs`` leaves out."""
     with torch.autocast(features.device.type, enabled=False):
-        none = features.new_empty(0, dtype=torch.float32)
+        # three tensors: outputs of an operator must not share memory
+        grad_features, grad_weight, grad_bias = (features.new_empty(0, dtype=torch.float32) for _ in needs)
         grad = _rows_bwd(logits, labels, lse, scale, label_smoothing, impl)
-        grad_features = grad @ weight.float() if needs[0] else none
+        if needs[0]:
+            grad_features = grad @ weight.float()
         if not (needs[1] or needs[2]):
-            return grad_features, none, none.clone()
+            return grad_features, grad_weight, grad_bias
         bank_grad = _rows_bwd(bank_logits, bank_labels, bank_lse, scale, label_smoothing, impl)
-        grad_weight = none
         if needs[1]:
             grad_weight = torch.addmm(grad.T @ features.float(), bank_grad.T, bank.float())
-        grad_bias = grad.sum(0) + bank_grad.sum(0) if needs[2] else none
+        if needs[2]:
+            grad_bias = grad.sum(0) + bank_grad.sum(0)
         return grad_features, grad_weight, grad_bias
 
 

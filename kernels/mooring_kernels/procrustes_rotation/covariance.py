@@ -19,7 +19,8 @@ def cross_covariance(frozen: Tensor, tuned: Tensor, labels: Tensor, centred: boo
     covariance of zero that rounding turns into noise, whose polar factor would be an arbitrary rotation.
 
     Returns:
-        S^T [D, D] in the working dtype; 0-d bool.
+        S^T [D, D] in the working dtype, divided by its largest entry: the scale cancels in R, and powers of the
+        norm stay in range; 0-d bool.
     """
     dtype = working_dtype(frozen, tuned)
     valid = (labels >= 0)[:, None]
@@ -34,7 +35,8 @@ def cross_covariance(frozen: Tensor, tuned: Tensor, labels: Tensor, centred: boo
     transposed = y.T @ x
     # Centring leaves errors of a few eps per element in each factor, a product of them in S.
     noise = (16 * torch.finfo(dtype).eps) ** 2 * size
-    return transposed, torch.linalg.matrix_norm(transposed) > noise
+    usable = torch.linalg.matrix_norm(transposed) > noise
+    return transposed / transposed.abs().amax().clamp_min(torch.finfo(dtype).tiny), usable
 
 
 def spectral_norm(matrix: Tensor) -> Tensor:

@@ -34,13 +34,11 @@ SCHEDULE = (
 def procrustes_rotation(frozen: Tensor, tuned: Tensor, labels: Tensor, ridge: float, centred: bool) -> Tensor:
     """As ``reference.procrustes_rotation``, for ``ridge > 0`` and without the determinant's correction."""
     transposed, usable = cross_covariance(frozen, tuned, labels, centred)
-    # The scale cancels in the result; dividing first keeps powers of the norm inside the range of fp32.
-    transposed = transposed / transposed.abs().amax().clamp_min(torch.finfo(transposed.dtype).tiny)
     return polar_factor(with_ridge(transposed, ridge, spectral_norm(transposed), usable))
 
 
 def polar_factor(matrix: Tensor) -> Tensor:
-    """The orthogonal factor of a square matrix whose singular values span at most 1 : 2e-7."""
+    """The orthogonal factor of a matrix [D, D] with entries of order one and singular values within 1 : 2e-7."""
     x = matrix
     for step, (a, b, c) in enumerate(SCHEDULE):
         gram = x.T @ x

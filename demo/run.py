@@ -1,0 +1,136 @@
+"""The demo: linear probe, plain fine-tuning and DR-Tune on real photos of fruit, side by side.
+
+The settings are those of demo/recipe.toml for all three; only the method differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from fetch import PHOTOS, demo_folder
+from rich.console import Console
+from rich.table import Table
+
+from mooring import Engine, RunConfig, load_config
+from mooring.data.scan import scan
+from mooring.report.environment import collect_environment
+from mooring.report.progress import counting
+
+HERE = Path(__file__).resolve().parent
+METHODS = {
+    "linear_probe": ("linear probe", ["optimizer.lr=2e-3", "optimizer.head_lr_multiplier=1"]),
+    "fine_tune": ("plain fine-tuning", []),
+    "dr_tune": ("DR-Tune", ["method.bank_size=512"]),
+}
+LONG = ["train.epochs=20", "train.image_size=224"]
+
+
+def manifest_folder(out: Path) -> Path:
+    """Scans the photos once and shows what was found."""
+    folder = out / "photos"
+    if not (folder / "manifest.json").is_file():
+        with counting("scanning the photos", "images") as progress:
+            report = scan(demo_folder() / PHOTOS.saved_as, out=folder, progress=progress)
+        for line in report.lines():
+            Console().print(f"  {line}", highlight=False)
+    return folder
+
+
+def settings(method: str, seed: int, photos: Path, run: Path, extra: list[str]) -> RunConfig:
+    overrides = [
+        f"data={photos}",
+        f"method={method}",
+        f"seed={seed}",
+        f"out={run}",
+        *METHODS[method][1],
+        *extra,
+    ]
+    return load_config(HERE / "recipe.toml", overrides)
+
+
+def one_run(
+    method: str, seed: int, photos: Path, out: Path, extra: list[str], console: Console
+) -> dict[str, Any]:
+    """Trains once, or reads the result where this run is already there; returns its record."""
+    run = out / f"{method}-seed{seed}"
+    if not (run / "result.json").is_file():
+        console.rule(f"{METHODS[method][0]}, seed {seed}", align="left")
+        Engine.build(settings(method, seed, photos, run, extra)).fit()
+    record = json.loads((run / "result.json").read_text())
+    return {**record, "run": run, "seed": seed}
+
+
+def shown(values: list[float], percent: bool = True) -> str:
+    scale = 100 if percent else 1
+    mean = f"{scale * statistics.mean(values):.1f}"
+    spread = f" ± {scale * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return mean + spread + (" %" if percent else "")
+
+
+def results_table(records: dict[str, list[dict[str, Any]]]) -> Table:
+    table = Table(title="Fruit in a supermarket, 14 classes: photos of the test split", title_justify="left")
+    table.add_column("method")
+    for name in ("test top-1", "mean per class", "validation top-1", "training images/s"):
+        table.add_column(name, justify="right")
+    for method, rows in records.items():
+        table.add_row(
+            METHODS[method][0],
+            shown([r["test"]["top1"] for r in rows]),
+            shown([r["test"]["mean_per_class"] for r in rows]),
+            shown([r["val"]["top1"] for r in rows]),
+            shown([r["images_per_second"] for r in rows], percent=False),
+        )
+    return table
+
+
+def write_record(path: Path, records: dict[str, list[dict[str, Any]]], long: bool) -> None:
+    """One JSON line with every run's figures and the environment."""
+    runs = {m: [{k: v for k, v in r.items() if k != "run"} for r in rows] for m, rows in records.items()}
+    line = {
+        "what": "demo-long" if long else "demo",
+        "time": time.strftime("%Y-%m-%d", time.gmtime()),
+        "threads": torch.get_num_threads(),
+        "environment": collect_environment(),
+        "runs": runs,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("demo-runs"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--long", action="store_true", help="20 epochs at 224 pixels")
+    parser.add_argument("--record", type=Path, help="append the results to this file, one JSON line")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for all runs")
+    options = parser.parse_args()
+    out = options.out / "long" if options.long else options.out
+    extra = [*(LONG if options.long else []), *options.set]
+    console, started = Console(), time.perf_counter()
+    photos = manifest_folder(options.out)
+    records: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
+    for seed in options.seeds:
+        for method in METHODS:
+            records[method].append(one_run(method, seed, photos, out, extra, console))
+    console.print()
+    console.print(results_table(records))
+    console.print(
+        f"{(time.perf_counter() - started) / 60:.1f} minutes. The test split was looked at once per run."
+    )
+    for rows in records.values():
+        for r in rows:
+            console.print(f"  {r['run']}/  curves.png, confusion.png, model/", highlight=False)
+    if options.record:
+        write_record(options.record, records, options.long)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""What holds for every op: torch.library's own checks, torch.compile, choice of implementation, messages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from implementations import draw_bank
+from torch import Tensor
+
+import mooring_kernels
+from mooring_kernels import (
+    bank_cross_entropy,
+    calibrate,
+    class_statistics,
+    cpu_capability,
+    procrustes_rotation,
+    ring_push_,
+    row_normalise,
+)
+from mooring_kernels.bank_cross_entropy import op as bank_cross_entropy_op
+from mooring_kernels.calibrate import op as calibrate_op
+from mooring_kernels.class_statistics import op as class_statistics_op
+from mooring_kernels.procrustes_rotation import op as procrustes_rotation_op
+from mooring_kernels.ring_push import op as ring_push_op
+from mooring_kernels.row_normalise import op as row_normalise_op
+from mooring_kernels.runtime.native import native_module
+
+FROZEN, TUNED, LABELS, HEAD = draw_bank(9, 6, 4, torch.Generator().manual_seed(3))
+FEATURES, BIAS, ROTATION = FROZEN[:5] * 2, HEAD[:, 0] * 3, torch.eye(6)
+
+
+def fresh() -> dict[str, Tensor]:
+    """Leaves of their own for each use."""
+    return {
+        name: t.clone().requires_grad_()
+        for name, t in (("features", FEATURES), ("weight", 50 * HEAD), ("bias", BIAS))
+    }
+
+
+def opcheck_cases() -> list[Any]:
+    leaf = fresh()
+    forward = (leaf["features"], LABELS[:5], FROZEN, LABELS, leaf["weight"], leaf["bias"], 0.1, "native")
+    saved = (
+        FEATURES,
+        LABELS[:5],
+        FROZEN,
+        LABELS,
+        50 * HEAD,
+        torch.randn(5, 4),
+        torch.randn(9, 4),
+        torch.randn(5),
+        torch.randn(9),
+    )
+    cases = [
+        (row_normalise_op._forward, (leaf["features"], 1e-12, "native")),
+        (row_normalise_op._backward, (FEATURES, torch.ones(5), FEATURES, torch.ones(5), 1e-12, "native")),
+        (
+            ring_push_op._forward,
+            (
+                [torch.zeros(7, 6)],
+                torch.zeros(7, dtype=torch.int64),
+                [FEATURES],
+                LABELS[:5],
+                4,
+                True,
+                "native",
+            ),
+        ),
+        (class_statistics_op.class_statistics_forward, (FROZEN, TUNED, LABELS, HEAD, 1.0, "native")),
+        (calibrate_op._forward, (FROZEN, TUNED, LABELS, HEAD, HEAD, ROTATION, torch.ones(()), "native")),
+        (calibrate_op._forward, (FROZEN, TUNED, LABELS, HEAD, HEAD, None, torch.ones(()), "native")),
+        (procrustes_rotation_op._forward, (FROZEN, TUNED, LABELS, 1e-3, True, True, False)),
+        (procrustes_rotation_op._forward, (FROZEN, TUNED, LABELS, 0.0, False, True, True)),
+        (bank_cross_entropy_op._forward, forward),
+        (bank_cross_entropy_op._backward, (*saved, torch.ones(()), 0.1, [True, False, True], "native")),
+    ]
+    return [
+        pytest.param(op, arguments, id=f"{op._name}-{index}") for index, (op, arguments) in enumerate(cases)
+    ]
+
+
+@pytest.mark.parametrize("op,arguments", opcheck_cases())
+def test_opcheck(op: Any, arguments: tuple[Any, ...]) -> None:
+    torch.library.opcheck(op, arguments)
+
+
+def push(field: Tensor) -> Tensor:
+    bank, labels = torch.zeros(7, 6), torch.full((7,), -1)
+    head = ring_push_([bank], labels, [field], LABELS[:5], 4)
+    return torch.cat([bank.flatten(), labels.float(), torch.full((1,), float(head))])
+
+
+PROGRAMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "row_normalise": lambda x: torch.cat([t.flatten() for t in row_normalise(x)]),
+    "ring_push_": push,
+    "class_statistics": lambda x: torch.cat(
+        [t.flatten() for t in class_statistics(x, TUNED[:5], LABELS[:5], HEAD)]
+    ),
+    "calibrate": lambda x: calibrate(x, TUNED[:5], LABELS[:5], HEAD, ROTATION, x.detach().norm(dim=1).mean()),
+    "procrustes_rotation": lambda x: procrustes_rotation(x, TUNED[:5], LABELS[:5]),
+    "bank_cross_entropy": lambda x: bank_cross_entropy(x, LABELS[:5], FROZEN, LABELS, HEAD, BIAS),
+}
+
+
+@pytest.mark.parametrize("name", list(PROGRAMS))
+def test_compiles_in_one_graph(name: str) -> None:
+    """`aot_eager` traces forward, backward, fakes and mutation as the full compiler does, without its C++."""
+    results = []
+    for program in (PROGRAMS[name], torch.compile(PROGRAMS[name], fullgraph=True, backend="aot_eager")):
+        x = FEATURES.clone().requires_grad_()
+        value = program(2 * x)
+        if value.requires_grad:
+            value.square().sum().backward()
+        results.append((value.detach(), x.grad))
+    (eager, eager_grad), (compiled, compiled_grad) = results
+    assert torch.equal(eager, compiled)
+    assert (eager_grad is None) == (compiled_grad is None)
+    if eager_grad is not None:
+        torch.testing.assert_close(eager_grad, compiled_grad)
+
+
+def test_every_op_is_covered_here() -> None:
+    assert set(PROGRAMS) == set(mooring_kernels.__all__) - {"Impl", "cpu_capability"}
+
+
+def test_float64_takes_the_reference_and_other_names_are_refused() -> None:
+    unit, norm = row_normalise(FEATURES.double())
+    assert unit.dtype == norm.dtype == torch.float64
+    with pytest.raises(
+        ValueError, match=r"impl='native' takes float32 and bfloat16; got \['torch.float64'\]"
+    ):
+        row_normalise(FEATURES.double(), impl="native")
+    with pytest.raises(
+        ValueError, match="row_normalise: impl must be one of auto, reference, native, triton; got 'cuda'"
+    ):
+        row_normalise(FEATURES, impl="cuda")  # type: ignore[arg-type]
+
+
+def wrong_calls() -> list[Any]:
+    ints = FEATURES.long()
+    calls: list[tuple[Callable[[], object], type[Exception], str]] = [
+        (lambda: row_normalise(FEATURES[0]), ValueError, r"x must be \[N, D\]; got \[6\] float32"),
+        (lambda: row_normalise(ints), TypeError, r"x must be \[N, D\] float32 or bfloat16; got \[5, 6\] int64"),
+        (lambda: row_normalise(FEATURES, eps=0.0), ValueError, "eps must be > 0; got 0.0"),
+        (lambda: row_normalise([1.0]), TypeError, "x must be a tensor"),  # type: ignore[arg-type]
+        (lambda: class_statistics(FROZEN, TUNED[:3], LABELS, HEAD), ValueError, r"tuned must be \[9, 6\]; got \[3, 6\]"),
+        (lambda: class_statistics(FROZEN, TUNED, LABELS[:2], HEAD), ValueError, r"labels must be \[9\] int64, one label per row; got \[2\]"),
+        (lambda: class_statistics(FROZEN, TUNED, LABELS.int(), HEAD), TypeError, r"labels must be \[9\] int64; got \[9\] int32"),
+        (lambda: class_statistics(FROZEN, TUNED, LABELS, HEAD[:0]), ValueError, "C must be at least 1; got 0"),
+        (lambda: class_statistics(FROZEN, TUNED, LABELS, HEAD, -1.0), ValueError, "cga_scale must be finite and >= 0; got -1.0"),
+        (lambda: calibrate(FROZEN, TUNED, LABELS, HEAD, torch.eye(5), 1.0), ValueError, r"rotation must be \[6, 6\]; got \[5, 5\]"),
+        (lambda: calibrate(FROZEN, TUNED, LABELS, HEAD, None, torch.ones(1)), ValueError, r"scale must be \[\]; got \[1\]"),
+        (lambda: bank_cross_entropy(FEATURES, LABELS[:5], FROZEN[:, :4], LABELS, HEAD, None), ValueError, r"bank must be \[K, 6\]"),
+        (
+            lambda: bank_cross_entropy(FEATURES, LABELS[:5], FROZEN, LABELS, HEAD, None, label_smoothing=1.5),
+            ValueError,
+            r"label_smoothing must be in \[0, 1\]; got 1.5",
+        ),
+        (lambda: bank_cross_entropy(FEATURES, LABELS[:5], FROZEN, LABELS, HEAD, BIAS[:2]), ValueError, r"bias must be \[4\]; got \[2\]"),
+        (lambda: ring_push_([FROZEN], LABELS, [FEATURES], LABELS[:5], 9), ValueError, r"head must be in 0..8; got 9"),
+        (lambda: ring_push_([FROZEN], LABELS, [], LABELS[:5], 0), ValueError, "equally long and not empty; got 1 and 0"),
+        (lambda: ring_push_([FROZEN.T], LABELS[:6], [FEATURES], LABELS[:5], 0), ValueError, r"fields\[0\] must be \[5, 9\]"),
+        (lambda: ring_push_([TUNED[:, :3]], LABELS, [FEATURES[:, :3]], LABELS[:5], 0), ValueError, "must be contiguous"),
+    ]  # fmt: skip
+    return [pytest.param(call, error, message, id=message[:30]) for call, error, message in calls]
+
+
+@pytest.mark.parametrize("call,error,message", wrong_calls())
+def test_wrong_arguments_are_named(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_tensors_on_two_devices_are_named() -> None:
+    with pytest.raises(ValueError, match="one device; got frozen on cpu, tuned on meta"):
+        class_statistics(FROZEN, TUNED.to("meta"), LABELS, HEAD)
+
+
+def test_the_native_module_checks_what_it_is_given() -> None:
+    native = native_module()
+    with pytest.raises(ValueError, match="head must be in 0..3; got 4"):
+        native.ring_push([], 8, 8, 4, 1, 4, True, 1)
+    with pytest.raises(ValueError, match="B must be <= K = 4; got 5"):
+        native.ring_push([], 8, 8, 4, 5, 0, True, 1)
+    with pytest.raises(ValueError, match=r"x must point to 6 elements; got a null address"):
+        native.row_normalise_forward(0, 0, 1e-12, 8, 8, 2, 3, 1)
+    with pytest.raises(ValueError, match=r"dtype code must be 0 \(float32\) or 1 \(bfloat16\); got 2"):
+        native.row_normalise_forward(8, 2, 1e-12, 8, 8, 0, 3, 1)
+    with pytest.raises(ValueError, match="threads must be >= 1; got 0"):
+        native.row_normalise_forward(8, 0, 1e-12, 8, 8, 0, 3, 0)
+
+
+def test_all_capabilities_of_this_cpu_agree() -> None:
+    native, before = native_module(), cpu_capability()
+    results = {}
+    try:
+        for name in native.cpu_capabilities():
+            native.set_cpu_capability(name)
+            assert cpu_capability() == name
+            results[name] = bank_cross_entropy(
+                FEATURES, LABELS[:5], FROZEN, LABELS, 50 * HEAD, BIAS, impl="native"
+            )
+    finally:
+        native.set_cpu_capability(before)
+    for result in results.values():
+        torch.testing.assert_close(result, results["scalar"], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "name,prints",
+    [("scalar", "scalar"), ("sse9", "MOORING_CPU must be one that this build and this CPU have (scalar")],
+)
+def test_the_environment_chooses_the_capability(name: str, prints: str) -> None:
+    program = (
+        "import mooring_kernels\n"
+        "try:\n    print(mooring_kernels.cpu_capability())\n"
+        "except ValueError as error:\n    print(error)"
+    )
+    import os
+
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "MOORING_CPU": name},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert prints in ran.stdout
+
+
+def test_ops_import_without_triton() -> None:
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import importlib.util as u; found = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'triton' else found(name, *rest)\n"
+        "import torch, mooring_kernels as m\n"
+        "m.row_normalise(torch.ones(2, 3))\n"
+        "try:\n    m.row_normalise(torch.ones(2, 3), impl='triton')\n"
+        "except ImportError as error:\n    print(error)"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "python -m pip install 'triton==3.7.1'" in ran.stdout
