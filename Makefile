@@ -8,8 +8,8 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py CMakeLists.txt pyproj
 LINTED := engine kernels bench demo tests setup.py
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' 2>/dev/null)
 
-# `make gpu` must also run where nothing can be installed: it takes the venv only where there is one.
-GPU_PYTHON ?= $(if $(wildcard $(PY)),$(PY),$(PYTHON))
+# `make gpu` runs where nothing can be installed: the Python that has the CUDA build of torch.
+GPU_PYTHON ?= $(PYTHON)
 
 .PHONY: setup demo demo-long test test-full lint format bench gpu clean
 
@@ -54,9 +54,10 @@ format: setup
 
 bench: setup
 	$(PY) -m bench
+	$(PY) -m bench.plot
 
 gpu:
-	PYTHONPATH=engine:kernels $(GPU_PYTHON) -m bench.gpu
+	$(GPU_PYTHON) bench/gpu.py
 
 clean:
 	rm -rf $(VENV) build dist demo-runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,6 +1,7 @@
 #include <cmath>
 
 #include "cpu/ops.h"
+#include "cpu/parallel.h"
 #include "cpu/row_pointer.h"
 
 namespace mooring {
@@ -22,7 +23,8 @@ void place_row(const RowKernels& kernels, float* row, const float* mean, float s
 void calibrate_residual(Matrix frozen, const int64_t* labels, const float* frozen_mean, float* out, int64_t K,
                         int64_t D, int64_t C, int threads) {
     const auto subtract = row_kernels().subtract[index_of(frozen.dtype)];
-#pragma omp parallel for schedule(static) num_threads(threads)
+    const int workers = useful_threads(threads, K * D);
+#pragma omp parallel for schedule(static) num_threads(workers)
     for (int64_t k = 0; k < K; ++k) {
         if (is_class(labels[k], C)) {
             subtract(out + k * D, row_at(frozen.data, frozen.dtype, k, D), frozen_mean + labels[k] * D, D);
@@ -35,7 +37,8 @@ void calibrate_residual(Matrix frozen, const int64_t* labels, const float* froze
 void calibrate_place(float* rows, const int64_t* labels, const float* tuned_mean, float scale, int64_t K,
                      int64_t D, int64_t C, int threads) {
     const RowKernels& kernels = row_kernels();
-#pragma omp parallel for schedule(static) num_threads(threads)
+    const int workers = useful_threads(threads, K * D);
+#pragma omp parallel for schedule(static) num_threads(workers)
     for (int64_t k = 0; k < K; ++k) {
         if (is_class(labels[k], C)) {
             place_row(kernels, rows + k * D, tuned_mean + labels[k] * D, scale, D);
@@ -50,7 +53,8 @@ void calibrate_translate(Matrix frozen, const int64_t* labels, const float* froz
                          int threads) {
     const RowKernels& kernels = row_kernels();
     const auto subtract = kernels.subtract[index_of(frozen.dtype)];
-#pragma omp parallel for schedule(static) num_threads(threads)
+    const int workers = useful_threads(threads, K * D);
+#pragma omp parallel for schedule(static) num_threads(workers)
     for (int64_t k = 0; k < K; ++k) {
         float* row = out + k * D;
         if (is_class(labels[k], C)) {

@@ -1,6 +1,7 @@
 #include <cmath>
 
 #include "cpu/ops.h"
+#include "cpu/parallel.h"
 #include "cpu/row_norm.h"
 
 namespace mooring {
@@ -60,7 +61,8 @@ void class_statistics(Matrix frozen, Matrix tuned, const int64_t* labels, const 
     std::vector<float> sharpness(static_cast<size_t>(C));
     std::vector<float> weight(static_cast<size_t>(valid));
 
-#pragma omp parallel num_threads(threads)
+    const int workers = useful_threads(threads, K * D);
+#pragma omp parallel num_threads(workers)
     {
 #pragma omp for schedule(static)
         for (int64_t c = 0; c < C; ++c) {

@@ -1,4 +1,5 @@
 #include "cpu/ops.h"
+#include "cpu/parallel.h"
 #include "cpu/row_norm.h"
 
 namespace mooring {
@@ -7,7 +8,10 @@ void ring_push(const std::vector<RingField>& fields, int64_t* bank_labels, const
                int64_t B, int64_t head, bool normalise, int threads) {
     constexpr float kEps = 1e-12f;
     const RowKernels& kernels = row_kernels();
-#pragma omp parallel for schedule(static) num_threads(threads)
+    int64_t elements = 0;
+    for (const RingField& field : fields) elements += B * field.D;
+    const int workers = useful_threads(threads, elements);
+#pragma omp parallel for schedule(static) num_threads(workers)
     for (int64_t i = 0; i < B; ++i) {
         const int64_t slot = (head + i) % K;
         bank_labels[slot] = labels[i];

@@ -1,4 +1,5 @@
 #include "cpu/ops.h"
+#include "cpu/parallel.h"
 #include "cpu/row_norm.h"
 
 namespace mooring {
@@ -6,7 +7,8 @@ namespace mooring {
 void row_normalise_forward(Matrix x, float eps, void* unit, float* norm, int64_t N, int64_t D, int threads) {
     const RowKernels& kernels = row_kernels();
     const auto scale = kernels.scale[index_of(x.dtype)][index_of(x.dtype)];
-#pragma omp parallel for schedule(static) num_threads(threads)
+    const int workers = useful_threads(threads, N * D);
+#pragma omp parallel for schedule(static) num_threads(workers)
     for (int64_t i = 0; i < N; ++i) {
         const void* row = row_at(x.data, x.dtype, i, D);
         norm[i] = row_norm(kernels, row, x.dtype, D);
@@ -21,7 +23,8 @@ void row_normalise_backward(const void* grad_unit, const float* grad_norm, const
     const auto combine = kernels.combine[index_of(dtype)];
     const auto dot = kernels.dot[index_of(dtype)];
     const auto widen = kernels.scale[index_of(DType::f32)][index_of(dtype)];
-#pragma omp parallel num_threads(threads)
+    const int workers = useful_threads(threads, N * D);
+#pragma omp parallel num_threads(workers)
     {
         std::vector<float> wide(static_cast<size_t>(D));
 #pragma omp for schedule(static)

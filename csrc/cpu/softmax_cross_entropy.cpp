@@ -1,6 +1,7 @@
 #include <cmath>
 
 #include "cpu/ops.h"
+#include "cpu/parallel.h"
 #include "cpu/row_pointer.h"
 
 namespace mooring {
@@ -8,7 +9,8 @@ namespace mooring {
 void softmax_cross_entropy_forward(const float* logits, const int64_t* labels, float smoothing, float* loss,
                                    float* lse, int64_t N, int64_t C, int threads) {
     const RowKernels& kernels = row_kernels();
-#pragma omp parallel for schedule(static) num_threads(threads)
+    const int workers = useful_threads(threads, N * C);
+#pragma omp parallel for schedule(static) num_threads(workers)
     for (int64_t i = 0; i < N; ++i) {
         loss[i] = lse[i] = 0.0f;
         if (!is_class(labels[i], C)) continue;
@@ -28,7 +30,8 @@ void softmax_cross_entropy_backward(const float* logits, const int64_t* labels, 
                                     float smoothing, float* grad, int64_t N, int64_t C, int threads) {
     const RowKernels& kernels = row_kernels();
     const float uniform = smoothing / static_cast<float>(C);
-#pragma omp parallel for schedule(static) num_threads(threads)
+    const int workers = useful_threads(threads, N * C);
+#pragma omp parallel for schedule(static) num_threads(workers)
     for (int64_t i = 0; i < N; ++i) {
         float* row = grad + i * C;
         if (is_class(labels[i], C)) {

@@ -30,11 +30,11 @@ def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
     return stream.getvalue()
 
 
-def oriented(image: Image.Image, orientation: int, kind: str = "JPEG") -> bytes:
+def oriented(image: Image.Image, orientation: int, kind: str = "JPEG", **options: object) -> bytes:
     """The picture with an EXIF orientation."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return encoded(image, kind, exif=exif)
+    return encoded(image, kind, exif=exif, **options)
 
 
 def write(root: Path, files: dict[str, bytes]) -> Path:
@@ -93,6 +93,8 @@ def odd_files() -> dict[str, bytes]:
         "still.gif": encoded(palette, "GIF"),
         "moving.gif": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
         "portable.ppm": encoded(picture(22), "PPM"),
+        "damaged_exif.jpg": encoded(picture(26), exif=b"Exif\0\0" + bytes(8)),
+        "damaged_exif.webp": encoded(picture(27), "WEBP", exif=b"Exif\0\0" + bytes(8)),
         "really_a_png.jpg": encoded(picture(23), "PNG"),
         "one_pixel.png": encoded(picture(24, 1, 1), "PNG"),
         "thin.jpg": encoded(picture(25, 200, 3)),

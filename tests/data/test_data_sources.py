@@ -1,10 +1,11 @@
-"""Both sources: the same batches for the same seed, exact resuming, padding, shards, and errors with a path."""
+"""Both sources: same batches for the same seed, exact resuming, padding, shards, errors with a path."""
 
 from __future__ import annotations
 
 import gc
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,16 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_cases import encoded, picture, write, write_splits
+from data_cases import encoded, oriented, picture, write, write_splits
 
 from mooring.data.augment import Augmentation, ModelInput, evaluation, preset
 from mooring.data.batch import Batch, DataSource
-from mooring.data.images import decode_rgb
 from mooring.data.manifest import Manifest
 from mooring.data.scan import scan
 from mooring.data.source import EpochSource
 from mooring.data.sources import SourceKind, dali_is_installed, make_source
-from mooring.errors import DataError
+from mooring.errors import DataError, MissingDependencyError
 
 MODEL = ModelInput(size=32)
 STANDARD, STRONG, TEST = preset("standard", MODEL), preset("strong", MODEL), evaluation(MODEL)
@@ -101,7 +101,7 @@ def test_an_epoch_shows_each_image_once_and_the_next_is_shuffled_anew(
 def test_a_state_restores_the_batches_to_come_bit_for_bit(
     manifest: Manifest, kind: SourceKind, taken: int
 ) -> None:
-    """4 batches an epoch: at the start, inside, before the last, at the end, inside and at the end of the next."""
+    """At the start, inside, before the last of 4 batches, at the end, inside and at the end of the next."""
     with train(manifest, kind, augment=STRONG, views=1) as source:
         take(source, taken)
         state = source.state_dict()
@@ -178,11 +178,11 @@ def test_a_state_of_other_data_or_of_nowhere_is_refused(
 
 @both
 def test_workers_do_not_change_a_batch(manifest: Manifest, kind: SourceKind) -> None:
-    with (
-        train(manifest, kind, augment=STRONG, workers=1) as one,
-        train(manifest, kind, augment=STRONG, workers=2) as two,
-    ):
-        assert_equal(take(one, 6), take(two, 6))
+    taken = []
+    for workers in (1, 2):
+        with train(manifest, kind, augment=STRONG, workers=workers) as source:
+            taken.append(take(source, 6))
+    assert_equal(*taken)
 
 
 @both
@@ -303,18 +303,23 @@ def test_a_copied_data_set_is_the_same_data_set(folder: Path, tmp_path: Path, ki
 
 
 @needs_dali
-@pytest.mark.parametrize("name", ["evaluation", "light", "standard", "strong"])
-def test_the_sources_make_the_same_batches(manifest: Manifest, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "bound"),
+    # 8-bit rounding in two resamplers: 1/3 of a step where they disagree at random. Strong also warps, in
+    # 1/32 of a pixel in one source and exactly in the other; at 32 pixels the borders weigh.
+    [("evaluation", 0.34), ("light", 0.34), ("standard", 0.34), ("strong", 2.0)],
+)
+def test_the_sources_make_the_same_batches(manifest: Manifest, name: str, bound: float) -> None:
     augment = TEST if name == "evaluation" else preset(name, MODEL)  # type: ignore[arg-type]
-    with (
-        train(manifest, "torch", augment=augment, views=1) as a,
-        train(manifest, "dali", augment=augment, views=1) as b,
-    ):
-        for x, y in zip(take(a, 8), take(b, 8), strict=True):
-            assert torch.equal(x.ids, y.ids)
-            assert torch.equal(x.labels, y.labels)
-            assert steps(x.images, y.images, augment).mean() < 1.0
-            assert steps(x.views["view1"], y.views["view1"], augment).mean() < 1.0
+    taken = []
+    for kind in ("torch", "dali"):
+        with train(manifest, kind, augment=augment, views=1) as source:
+            taken.append(take(source, 8))
+    for x, y in zip(*taken, strict=True):
+        assert torch.equal(x.ids, y.ids)
+        assert torch.equal(x.labels, y.labels)
+        assert steps(x.images, y.images, augment).mean() < bound
+        assert steps(x.views["view1"], y.views["view1"], augment).mean() < bound
 
 
 @needs_dali
@@ -328,26 +333,28 @@ def test_odd_pictures_reach_both_sources_alike(odd_manifest: Manifest) -> None:
                 batches.append(list(source))
         for x, y in zip(*batches, strict=True):
             assert torch.equal(x.ids, y.ids)
-            # each resampler rounds to 8 bits in its own arithmetic: at most one step almost everywhere
-            assert (steps(x.images, y.images, TEST) < 0.6).all(), [split.paths[i] for i in range(len(split))]
+            found = dict(zip(x.ids.tolist(), steps(x.images, y.images, TEST).tolist(), strict=True))
+            for i, difference in found.items():
+                path = "padding" if i < 0 else odd_manifest.table["path"][i].as_py()
+                # Pillow rounds to 8 bits between its two passes and so clips the overshoot at the edges
+                # of a black and white picture; elsewhere only rounding differs
+                assert difference < (3.0 if "bilevel" in path else 0.34), path
 
 
 @needs_dali
-def test_a_picture_that_only_dali_refuses_is_decoded_by_pillow(manifest: Manifest, tmp_path: Path) -> None:
+def test_a_picture_that_only_dali_refuses_is_decoded_by_pillow(tmp_path: Path) -> None:
     from mooring.data import dali_pipeline
 
-    webp = encoded(picture(3), "WEBP", exif=b"Exif\0\0" + bytes(8))
-    files = {f"{c}/{i}.webp": encoded(picture(10 * ord(c) + i), "WEBP") for c in "ab" for i in range(6)}
-    split = scan(write(tmp_path, files | {"a/odd.webp": webp})).manifest.split("train")
-    assert decode_rgb(webp).size == (61, 47)
+    # these very bytes end in an odd-sized chunk, which DALI's parser runs past
+    webp = oriented(picture(4), 1, "WEBP", lossless=True)
+    files = {f"train/{c}/{i}.webp": encoded(picture(10 * ord(c) + i), "WEBP") for c in "ab" for i in range(6)}
+    files |= {"train/a/odd.webp": webp, "val/a/x.webp": encoded(picture(0), "WEBP")}
+    split = scan(write(tmp_path, files)).manifest.split("train")
     # as if the scan had taken WebP for a kind that every decoder reads alike
     split.native[:] = True
     device = torch.device("cpu")
-    refused = [
-        row
-        for row in range(len(split))
-        if not dali_pipeline.decodes(np.fromfile(split.file(row), np.uint8), device)
-    ]
+    files_of = {path: np.fromfile(split.root / path, np.uint8) for path in split.paths}
+    refused = [path for path, data in files_of.items() if not dali_pipeline.decodes(data, device)]
     batches = []
     for kind in ("torch", "dali"):
         with make_source(kind, split, TEST, batch_size=3, training=False) as source:
@@ -355,7 +362,7 @@ def test_a_picture_that_only_dali_refuses_is_decoded_by_pillow(manifest: Manifes
     for x, y in zip(*batches, strict=True):
         assert torch.equal(x.ids, y.ids)
         assert (steps(x.images, y.images, TEST) < 0.6).all()
-    assert [split.paths[row] for row in refused] == ["a/odd.webp"]
+    assert refused == ["train/a/odd.webp"]
 
 
 @pytest.mark.assets
@@ -392,3 +399,15 @@ def test_auto_takes_dali_where_it_is(manifest: Manifest) -> None:
     assert source.kind == ("dali" if dali_is_installed() else "torch")
     with pytest.raises(DataError, match="auto, dali or torch"):
         make_source("opencv", manifest.split("train"), TEST, batch_size=2, training=False)  # type: ignore[arg-type]
+
+
+def test_without_dali_auto_takes_torch_and_dali_says_what_to_install(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "nvidia"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "nvidia", None)  # an import of it now fails as if it were not there
+    split = manifest.split("train")
+    assert make_source("auto", split, TEST, batch_size=2, training=False).kind == "torch"
+    with pytest.raises(MissingDependencyError, match="pip install 'nvidia-dali"):
+        make_source("dali", split, TEST, batch_size=2, training=False)

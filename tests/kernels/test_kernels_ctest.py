@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mooring_kernels.runtime.native import native_module
+from mooring_kernels import _C
 
 pytestmark = pytest.mark.skipif(
     shutil.which("cmake") is None or shutil.which("c++") is None, reason="needs cmake and a C++ compiler"
@@ -36,7 +36,5 @@ def test_ctest(repository: Path, sanitize: str) -> None:
     report = run("ctest", "--test-dir", str(build), "--output-on-failure", "--no-tests=error")
     passed = re.findall(r"Test +#\d+: (\w+)\.(\w+) \.+ +Passed", report)
     programs = {path.stem for path in (repository / "csrc" / "tests").glob("test_*.cpp")}
-    expected = {
-        (program, capability) for program in programs for capability in native_module().cpu_capabilities()
-    }
+    expected = {(program, capability) for program in programs for capability in _C.cpu_capabilities()}
     assert set(passed) == expected, report

@@ -169,16 +169,18 @@ def test_formula_b_equals_the_direct_path(biased: bool, generator: torch.Generat
     with torch.no_grad():
         m, mu, _ = class_statistics(frozen, tuned, bank_labels, weight)
         valid = (bank_labels >= 0) & (bank_labels < 4)
-        l, n = bank_labels[valid], int(valid.sum())
-        r = frozen[valid] - m[l]
-        norm = (r.square().sum(1) + mu[l].square().sum(1) + 2 * ((mu @ rotation)[l] * r).sum(1)).sqrt()
+        own, n = bank_labels[valid], int(valid.sum())
+        r = frozen[valid] - m[own]
+        norm = (r.square().sum(1) + mu[own].square().sum(1) + 2 * ((mu @ rotation)[own] * r).sum(1)).sqrt()
         c = scale / norm
-        logits = c[:, None] * ((mu @ weight.T)[l] + r @ (weight @ rotation).T) + (0 if bias is None else bias)
-        excess = torch.softmax(logits, 1) - torch.nn.functional.one_hot(l, 4)
+        logits = c[:, None] * ((mu @ weight.T)[own] + r @ (weight @ rotation).T) + (
+            0 if bias is None else bias
+        )
+        excess = torch.softmax(logits, 1) - torch.nn.functional.one_hot(own, 4)
         g = c[:, None] * excess
-        h = torch.zeros(4, 4, dtype=torch.float64).index_add(0, l, g)
+        h = torch.zeros(4, 4, dtype=torch.float64).index_add(0, own, g)
         grad_weight = ((g.T @ r) @ rotation.T + h.T @ mu) / n
-        expected_loss = torch.nn.functional.cross_entropy(logits, l)
+        expected_loss = torch.nn.functional.cross_entropy(logits, own)
     torch.testing.assert_close(loss.detach(), expected_loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(direct[0], grad_weight, rtol=0, atol=1e-12)
     if bias is not None:

@@ -77,7 +77,7 @@ def test_the_mean_of_a_class_is_its_tuned_mean(impl: Any, generator: torch.Gener
     """Before rows are brought to one length: recovered here from directions and the closed form's norms."""
     frozen, tuned, labels, head_weight = draw_bank(30, 12, 3, generator)
     rotation = draw_rotation(12, generator)
-    frozen_mean, tuned_mean, count = class_statistics(frozen, tuned, labels, head_weight)
+    frozen_mean, tuned_mean, _ = class_statistics(frozen, tuned, labels, head_weight)
     directions = calibrate(frozen, tuned, labels, head_weight, rotation, 1.0, impl=impl)
     for c in range(3):
         members = labels == c

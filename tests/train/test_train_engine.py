@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -127,7 +129,7 @@ def test_interrupt_keeps_a_valid_run_folder_and_resume_finishes_it(
 
     def step(group):
         if len(calls) == engine.steps_per_epoch + 1:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)  # in the middle of a step: the step is finished
         calls.append(1)
         return real(group)
 
@@ -137,23 +139,45 @@ def test_interrupt_keeps_a_valid_run_folder_and_resume_finishes_it(
     assert json.loads((result.run / "result.json").read_text())["interrupted"] is True
     assert load_run(result.run).classes == ["class_0", "class_1", "class_2"]
     resumed = config.model_copy(update={"resume": str(result.run)})
-    finished = Engine.build(resumed).fit()
+    again = Engine.build(resumed)
+    finished = again.fit()
     assert not finished.interrupted and finished.run == result.run
     steps = [r.step for r in read_metrics(finished.run) if r.kind == "train"]
     assert steps == sorted(set(steps))
     undisturbed = Engine.build(make_config(train={"epochs": 3}, out=tmp_path / "other"))
     undisturbed.fit()
+    for (name, a), b in zip(state_of(again).items(), state_of(undisturbed).values(), strict=True):
+        assert torch.equal(a, b), name
     assert torch.equal(finished.test.confusion, undisturbed.evaluate(undisturbed.test_source).confusion)
+
+
+def test_interrupt_during_validation_validates_that_epoch_after_the_resume(make_config, monkeypatch) -> None:
+    config = make_config(train={"epochs": 2})
+    engine = Engine.build(config)
+    real = engine.evaluate
+
+    def evaluate(source, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(source, **options)
+
+    monkeypatch.setattr(engine, "evaluate", evaluate)
+    assert engine.fit().interrupted
+    Engine.build(config.model_copy(update={"resume": str(config.out)})).fit()
+    assert [r.epoch for r in read_metrics(config.out) if r.kind == "val"] == [0, 1]
 
 
 def test_interrupt_before_the_first_validation_still_exports_a_model(make_config, monkeypatch) -> None:
     engine = Engine.build(make_config())
 
+    real = engine.step
+
     def step(group):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(group)
 
     monkeypatch.setattr(engine, "step", step)
     result = engine.fit()
+    assert engine.global_step == 1
     assert result.interrupted and result.val is None
     load_run(result.run)
 

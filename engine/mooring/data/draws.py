@@ -88,8 +88,8 @@ class _One:
 def words(seed: int, stream: int, epoch: int, item: int, view: int, count: int) -> np.ndarray:
     """``count`` raw 64-bit words of the stream of (seed, stream, epoch, item, view)."""
     # the lowest counter word numbers the blocks inside a stream, the three above name the stream
-    generator = np.random.Philox(key=[seed, stream], counter=[0, view, item, epoch])
-    return generator.random_raw(count)
+    counter = np.array([0, view, item, epoch], np.uint64)
+    return np.random.Philox(key=np.array([seed, stream], np.uint64), counter=counter).random_raw(count)
 
 
 def uniforms(seed: int, epoch: int, item: int, view: int, count: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from mooring.data.quarantine import ImageProblem, Reason
 
@@ -23,6 +23,15 @@ from mooring.data.quarantine import ImageProblem, Reason
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 
 _ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _HIGH_BIT_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
 _PIL_LIMIT = threading.Lock()
 
@@ -174,7 +183,8 @@ def _open(data: bytes, max_pixels: int | None) -> Image.Image:
 def _upright_rgb(image: Image.Image, data: bytes) -> Image.Image:
     try:
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        upright = _UPRIGHT.get(_orientation(image))
+        return _to_rgb(image if upright is None else image.transpose(upright))
     except ImageProblem:
         raise
     except MemoryError:
@@ -204,26 +214,34 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _is_native(data: bytes, image: Image.Image, name: str, mode: str) -> bool:
     if mode not in ("L", "RGB"):
         return False
-    orientation = _orientation(image)
     if name == "JPEG":
-        # Pillow also takes an orientation from XMP, other decoders only from EXIF
-        return image.info.get("adobe_transform") != 0 and orientation == _exif_orientation(image)
+        # Pillow also takes an orientation from XMP and shrugs at damaged tags; other decoders take it from
+        # EXIF, and who knows what they make of damage
+        return image.info.get("adobe_transform") != 0 and _exif_orientation(image) == _orientation(image)
     if name == "PNG":
         bit_depth, colour_type = data[24], data[25]
         animated = getattr(image, "is_animated", False)
         plain = bit_depth == 8 and colour_type in (0, 2) and "transparency" not in image.info
-        return plain and orientation == 1 and not animated
+        return plain and not animated and _exif_orientation(image) == _orientation(image) == 1
     return False
 
 
 def _orientation(image: Image.Image) -> int:
-    return int(image.getexif().get(_ORIENTATION, 1))
+    """1 to 8; damaged tags are no reason to lose a picture, and count as 1."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # as in _open
+        return 1
 
 
-def _exif_orientation(image: Image.Image) -> int:
+def _exif_orientation(image: Image.Image) -> int | None:
+    """What the EXIF block alone says; None where it is damaged."""
     exif = Image.Exif()
-    exif.load(image.info.get("exif", b""))
-    return int(exif.get(_ORIENTATION, 1))
+    try:
+        exif.load(image.info.get("exif", b""))
+        return int(exif.get(_ORIENTATION, 1))
+    except Exception:  # as in _open
+        return None
 
 
 def _damaged(data: bytes, err: Exception) -> ImageProblem:

@@ -15,9 +15,8 @@ from mooring.config.schema import RunConfig
 from mooring.errors import RunFolderError
 from mooring.report.records import write_json_atomic, write_text_atomic
 
-# Room for two copies of a large model's weights and the logs of a long run; a smaller run needs far less,
-# but a disk this full fails sooner or later, and it is better to know before hours are spent.
-MINIMUM_FREE_BYTES = 1 << 30
+# What logs, pictures and TensorBoard events of a long run may take; weights come on top.
+LOG_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,7 @@ def check_run_folder(path: Path, *, resume: bool = False) -> None:
         )
 
 
-def open_run_folder(path: Path, *, resume: bool = False, need_bytes: int = MINIMUM_FREE_BYTES) -> RunFolder:
+def open_run_folder(path: Path, *, resume: bool = False, need_bytes: int = LOG_BYTES) -> RunFolder:
     """Creates the folder of a fresh run, or opens that of a run to continue.
 
     Args:
@@ -105,7 +104,7 @@ def open_run_folder(path: Path, *, resume: bool = False, need_bytes: int = MINIM
     free = shutil.disk_usage(path).free
     if free < need_bytes:
         raise RunFolderError(
-            f"out: expected at least {need_bytes / 1e9:.1f} GB free for {path}, got {free / 1e9:.1f} GB: "
+            f"out: expected at least {need_bytes / 1e6:.0f} MB free for {path}, got {free / 1e6:.0f} MB: "
             "free some space, or choose another out="
         )
     return RunFolder(path)

@@ -24,6 +24,7 @@ def engine_state(engine: Engine) -> dict[str, Any]:
     """Parameters, optimizer, banks, data position, random streams, counters of ``engine``."""
     return {
         "step": engine.global_step,
+        "epochs_validated": engine.epochs_validated,
         "method": dict(engine.method.state_dict()),
         "extra": engine.method.extra_state(),
         "optimizer": _optimizer_state(engine.optimizer),
@@ -66,6 +67,7 @@ def restore_engine(engine: Engine, state: dict[str, Any]) -> None:
     engine.mixer.load_state_dict(state["mixer"])
     engine.best.load_state_dict(state["best"])
     engine.global_step = int(state["step"])
+    engine.epochs_validated = int(state["epochs_validated"])
     restore_rng(state["rng"])
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mooring.config.schema import RunConfig
-from mooring.data.batch import Batch, DataSource
+from mooring.data.batch import Batch
 from mooring.methods.base import At, SetupContext, StepOutput
 from mooring.report.run_folder import check_run_folder
 from mooring.train import checkpoint
@@ -36,6 +36,7 @@ class Engine:
         method: the trained module (encoder, head, auxiliary parts).
         train_source, val_source, test_source: batches; ``test_source`` is None without a test split.
         global_step: optimizer steps done.
+        epochs_validated: epochs that ``fit`` has validated.
     """
 
     def __init__(self, config: RunConfig, parts: Parts) -> None:
@@ -50,6 +51,7 @@ class Engine:
         self.val_source = parts.val_source
         self.test_source = parts.test_source
         self.global_step = 0
+        self.epochs_validated = 0
         self.best = BestEpoch()
         self.mixer = Mixer(config.train.mixup, config.train.cutmix, parts.num_classes, config.seed)
         self._ready = False
@@ -169,7 +171,7 @@ class Engine:
 
     # ---------------------------------------------------------------- evaluation
 
-    def evaluate(self, source: DataSource, *, averaged: bool = True) -> EvalResult:
+    def evaluate(self, source: Iterable[Batch], *, averaged: bool = True) -> EvalResult:
         """Top-1, top-5, mean per class, calibration error and loss on ``source``.
 
         Args:
@@ -186,7 +188,7 @@ class Engine:
         finally:
             self.method.train(was_training)
 
-    def _evaluate(self, source: DataSource) -> EvalResult:
+    def _evaluate(self, source: Iterable[Batch]) -> EvalResult:
         return evaluate(
             self.method.predict,
             source,

@@ -8,6 +8,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from safetensors import SafetensorError
+from torch import Tensor
+
 from mooring.config.load import to_toml
 from mooring.errors import MooringError, RunFolderError
 from mooring.models.encoder import Encoder
@@ -16,10 +19,11 @@ from mooring.report.environment import write_environment
 from mooring.report.metrics_log import MetricsLog
 from mooring.report.plots import draw_run
 from mooring.report.progress import make_progress
-from mooring.report.run_folder import RunFolder, default_run_name, open_run_folder
+from mooring.report.run_folder import LOG_BYTES, RunFolder, default_run_name, open_run_folder
 from mooring.state.tree import load_tree, save_tree
 from mooring.train.checkpoint import resumable_state
 from mooring.train.evaluate import EvalResult
+from mooring.train.interrupt import Interrupt, Stopped
 from mooring.train.results import RunResult
 from mooring.train.running_mean import RunningMetrics
 
@@ -44,6 +48,7 @@ class Fit:
             folder.path, tensorboard=report.tensorboard, resume_step=engine.global_step if resumed else None
         )
         self.progress = make_progress(report.progress)
+        self.interrupt = Interrupt(lambda: self.progress.note("interrupted: finishing this step"))
         self.seconds_training = 0.0
         self.images = 0
         self.last_val: EvalResult | None = None
@@ -51,15 +56,16 @@ class Fit:
     def run(self) -> RunResult:
         engine, started = self.engine, time.perf_counter()
         interrupted = False
+        val: EvalResult | None
         try:
-            with self.progress:
+            with self.progress, self.interrupt:
                 self.progress.start(engine.plan(), engine.config.train.epochs)
                 try:
                     self._epochs()
-                except KeyboardInterrupt:
+                    val, test = self._finish()
+                except Stopped:
                     interrupted = True
-                    self._keep_interrupted()
-                val, test = self._finish(interrupted)
+                    val, test = self._keep_interrupted(), None
             result = RunResult(
                 run=self.folder.path,
                 best_epoch=engine.best.epoch,
@@ -80,14 +86,23 @@ class Fit:
     def _epochs(self) -> None:
         engine = self.engine
         engine.prepare()
-        while engine.global_step < engine.total_steps:
-            epoch = engine.global_step // engine.steps_per_epoch
-            self._train_epoch(epoch)
-            val = engine.evaluate(engine.val_source)
-            self._log_eval("val", epoch, val)
-            if engine.best.offer(epoch, val):
-                self._keep_best(val)
-            engine.save(self.folder.path / "state")
+        self.interrupt.check()
+        while True:
+            # also true right after a resume, where the first part was stopped during validation
+            if engine.global_step == (engine.epochs_validated + 1) * engine.steps_per_epoch:
+                self._validate(engine.epochs_validated)
+            if engine.global_step >= engine.total_steps:
+                return
+            self._train_epoch(engine.global_step // engine.steps_per_epoch)
+
+    def _validate(self, epoch: int) -> None:
+        engine = self.engine
+        val = engine.evaluate(self.interrupt.watched(engine.val_source))
+        self._log_eval("val", epoch, val)
+        if engine.best.offer(epoch, val):
+            self._keep_best(val)
+        engine.epochs_validated = epoch + 1
+        engine.save(self.folder.path / "state")
 
     def _train_epoch(self, epoch: int) -> None:
         engine, running, since = self.engine, RunningMetrics(), time.perf_counter()
@@ -99,6 +114,7 @@ class Fit:
             last = engine.global_step % engine.steps_per_epoch == 0
             if engine.global_step % engine.config.report.log_every and not last:
                 self.progress.advance(engine.global_step, None)
+                self.interrupt.check()
                 continue
             means = running.drain()  # waits for the device: the clock below is honest
             now = time.perf_counter()
@@ -114,6 +130,7 @@ class Fit:
                     f"the best epoch so far is kept in {self.folder.path}"
                 )
             self.progress.advance(engine.global_step, means)
+            self.interrupt.check()
 
     def _log_eval(self, kind: Literal["val", "test"], epoch: int, result: EvalResult) -> None:
         values = result.scalars()
@@ -148,27 +165,31 @@ class Fit:
             extra={"method": self.engine.method.name},
         )
 
-    def _keep_interrupted(self) -> None:
-        """State at the last finished step; a model even if no epoch was validated yet."""
+    def _keep_interrupted(self) -> EvalResult | None:
+        """State at the last finished step; a model even if no epoch was validated yet. The best epoch's result."""
         engine = self.engine
-        self.progress.note("interrupted: keeping what is finished")
         engine.save(self.folder.path / "state")
         if engine.best.epoch is None:
             self._export()
+            return None
+        return self._best_epoch()[0]
 
-    def _finish(self, interrupted: bool) -> tuple[EvalResult | None, EvalResult | None]:
-        """Validation result of the best epoch, and its single test."""
-        engine = self.engine
-        if engine.best.epoch is None:
-            return None, None
+    def _best_epoch(self) -> tuple[EvalResult, dict[str, Tensor]]:
+        """Validation result and weights of the best epoch."""
         best = load_tree(self.folder.path / "best")
         val = EvalResult(**best["val"]["scalars"], n=best["val"]["n"], confusion=best["val"]["confusion"])
-        if interrupted:
-            return val, None
-        engine.method.load_state_dict(best["method"])
+        return val, best["method"]
+
+    def _finish(self) -> tuple[EvalResult, EvalResult | None]:
+        """Validation result of the best epoch, and its single test."""
+        engine = self.engine
+        assert engine.best.epoch is not None  # every finished run has validated
+        val, weights = self._best_epoch()
+        engine.method.load_state_dict(weights)
         if engine.test_source is None:
             return val, None
-        test = engine.evaluate(engine.test_source, averaged=False)  # the best weights are averaged already
+        # the best weights are averaged already
+        test = engine.evaluate(self.interrupt.watched(engine.test_source), averaged=False)
         self._log_eval("test", engine.best.epoch, test)
         return val, test
 
@@ -194,23 +215,39 @@ class Fit:
             draw_run(self.folder.path, None if shown is None else shown.confusion, classes)
 
 
+def _checkpoint_bytes(engine: Engine) -> int:
+    """Room for everything a run writes beside its logs, while old and new stand side by side for a moment."""
+    weights = sum(t.numel() * t.element_size() for t in engine.method.state_dict().values())
+    # state: weights, two optimizer moments and perhaps an average; the best epoch; the export; all of it twice
+    return 2 * 6 * weights
+
+
 def fit(engine: Engine) -> RunResult:
     """See ``Engine.fit``."""
     config = engine.config
     state = resumable_state(config)
     out = state.parent if state is not None else config.out or Path("runs") / default_run_name(config)
     try:
-        folder = open_run_folder(out, resume=state is not None)
+        folder = open_run_folder(
+            out, resume=state is not None, need_bytes=LOG_BYTES + _checkpoint_bytes(engine)
+        )
         if state is not None:
             engine.resume(state)  # first: a refused resume must leave the folder as it was
         folder.write_text("config.toml", to_toml(config))
         write_environment(folder)
         engine.parts.manifest.save(folder.path / "manifest")
         return Fit(engine, folder, resumed=state is not None).run()
-    except OSError as err:
-        if err.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as err:
+        if _disk_is_full(err):
             raise RunFolderError(
-                f"the disk is full: {out} could not be written ({err.strerror}). Free some space and continue with "
+                f"the disk is full: {out} could not be written ({err}). Free some space and continue with "
                 f"resume={out}; what was finished is kept"
             ) from err
         raise
+
+
+def _disk_is_full(err: Exception) -> bool:
+    if isinstance(err, OSError):
+        return err.errno in (errno.ENOSPC, errno.EDQUOT)
+    # safetensors gives the system's error as text only
+    return any(f"os error {code}" in str(err) for code in (errno.ENOSPC, errno.EDQUOT))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mooring_kernels.runtime.native import native_module, threads
+from mooring_kernels import _C
+from mooring_kernels.runtime.native import threads
 
 
 def softmax_cross_entropy_rows_fwd(
@@ -15,7 +16,7 @@ def softmax_cross_entropy_rows_fwd(
     logits, labels = logits.contiguous(), labels.contiguous()
     rows, classes = logits.shape
     loss_rows, lse = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)
-    native_module().softmax_cross_entropy_forward(
+    _C.softmax_cross_entropy_forward(
         logits.data_ptr(),
         labels.data_ptr(),
         label_smoothing,
@@ -35,7 +36,7 @@ def softmax_cross_entropy_rows_bwd(
     logits, labels, lse = logits.contiguous(), labels.contiguous(), lse.contiguous()
     rows, classes = logits.shape
     grad_logits = torch.empty_like(logits)
-    native_module().softmax_cross_entropy_backward(
+    _C.softmax_cross_entropy_backward(
         logits.data_ptr(),
         labels.data_ptr(),
         lse.data_ptr(),

@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from mooring_kernels.bank_cross_entropy import cpu, reference
+from mooring_kernels.bank_cross_entropy import reference
 from mooring_kernels.runtime.checks import require_floats, require_labels, require_one_device, require_width
 from mooring_kernels.runtime.dispatch import Impl, choose
 
@@ -125,6 +125,8 @@ def _rows_fwd(logits: Tensor, labels: Tensor, label_smoothing: float, impl: str)
         from mooring_kernels.bank_cross_entropy import gpu
 
         return gpu.softmax_cross_entropy_rows_fwd(logits, labels, label_smoothing)
+    from mooring_kernels.bank_cross_entropy import cpu
+
     return cpu.softmax_cross_entropy_rows_fwd(logits, labels, label_smoothing)
 
 
@@ -135,6 +137,8 @@ def _rows_bwd(
         from mooring_kernels.bank_cross_entropy import gpu
 
         return gpu.softmax_cross_entropy_rows_bwd(logits, labels, lse, scale, label_smoothing)
+    from mooring_kernels.bank_cross_entropy import cpu
+
     return cpu.softmax_cross_entropy_rows_bwd(logits, labels, lse, scale, label_smoothing)
 
 

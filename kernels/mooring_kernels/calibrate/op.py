@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mooring_kernels.calibrate import cpu, reference
+from mooring_kernels.calibrate import reference
 from mooring_kernels.class_statistics import reference as class_statistics_reference
 from mooring_kernels.class_statistics.op import class_statistics_forward, require_bank, require_cga_scale
 from mooring_kernels.runtime.checks import require_floats, require_one_device
@@ -33,7 +33,8 @@ def calibrate(
     rows (rotation only: a rigid motion). With ``rotation=None`` as well nothing moves: ``s * u(p_k)``.
 
     Args:
-        frozen: p, [K, D] float32 or bfloat16 (float16, float64: reference), unit rows as a bank stores them; K may be 0.
+        frozen: p, [K, D] float32 or bfloat16 (float16, float64: reference), unit rows as a bank stores
+            them; K may be 0.
         tuned: d, [K, D] unit rows.
         labels: l, [K] int64; a row whose label is outside 0..C-1 is masked: zero in the result.
         head_weight: W, [C, D]. Detached here.
@@ -109,6 +110,8 @@ def _forward(
         from mooring_kernels.calibrate import gpu
 
         return gpu.calibrate_fwd(frozen, tuned, labels, frozen_mean, tuned_mean, rotation, scale)
+    from mooring_kernels.calibrate import cpu
+
     return cpu.calibrate_fwd(frozen, labels, frozen_mean, tuned_mean, rotation, scale)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mooring_kernels.runtime.native import dtype_code, native_module, threads
+from mooring_kernels import _C
+from mooring_kernels.runtime.native import dtype_code, threads
 
 
 def class_statistics_fwd(
@@ -15,7 +16,7 @@ def class_statistics_fwd(
     head_weight = head_weight.float().contiguous()
     frozen_mean, tuned_mean = torch.empty_like(head_weight), torch.empty_like(head_weight)
     count = torch.empty(head_weight.shape[0], dtype=torch.float32)
-    native_module().class_statistics(
+    _C.class_statistics(
         frozen.data_ptr(),
         dtype_code(frozen),
         tuned.data_ptr(),

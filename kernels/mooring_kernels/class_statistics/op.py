@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from mooring_kernels.class_statistics import cpu, reference
+from mooring_kernels.class_statistics import reference
 from mooring_kernels.runtime.checks import require_floats, require_labels, require_one_device, require_width
 from mooring_kernels.runtime.dispatch import Impl, choose
 
@@ -86,6 +86,8 @@ def class_statistics_forward(
         from mooring_kernels.class_statistics import gpu
 
         return gpu.class_statistics_fwd(frozen, tuned, labels, head_weight, cga_scale)
+    from mooring_kernels.class_statistics import cpu
+
     return cpu.class_statistics_fwd(frozen, tuned, labels, head_weight, cga_scale)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mooring_kernels.runtime.native import dtype_code, native_module, threads
+from mooring_kernels import _C
+from mooring_kernels.runtime.native import dtype_code, threads
 
 
 def ring_push_fwd(
@@ -17,7 +18,7 @@ def ring_push_fwd(
 ) -> None:
     """The bank's tensors are contiguous: they are written in place."""
     fields, labels = [field.contiguous() for field in fields], labels.contiguous()
-    native_module().ring_push(
+    _C.ring_push(
         [
             (bank.data_ptr(), dtype_code(bank), field.data_ptr(), dtype_code(field), field.shape[1])
             for bank, field in zip(bank_fields, fields, strict=True)

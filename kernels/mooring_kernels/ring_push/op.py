@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mooring_kernels.ring_push import cpu, reference
+from mooring_kernels.ring_push import reference
 from mooring_kernels.runtime.checks import require_floats, require_labels, require_one_device, require_width
 from mooring_kernels.runtime.dispatch import Impl, choose
 
@@ -96,6 +96,8 @@ def _forward(
 
         gpu.ring_push_fwd(bank_fields, bank_labels, fields, labels, head, normalise)
     else:
+        from mooring_kernels.ring_push import cpu
+
         cpu.ring_push_fwd(bank_fields, bank_labels, fields, labels, head, normalise)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mooring_kernels.runtime.native import dtype_code, native_module, threads
+from mooring_kernels import _C
+from mooring_kernels.runtime.native import dtype_code, threads
 
 
 def row_normalise_fwd(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -13,7 +14,7 @@ def row_normalise_fwd(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     rows, width = x.shape
     unit = torch.empty_like(x)
     norm = torch.empty(rows, dtype=torch.float32)
-    native_module().row_normalise_forward(
+    _C.row_normalise_forward(
         x.data_ptr(), dtype_code(x), eps, unit.data_ptr(), norm.data_ptr(), rows, width, threads()
     )
     return unit, norm
@@ -24,7 +25,7 @@ def row_normalise_bwd(grad_unit: Tensor, grad_norm: Tensor, unit: Tensor, norm: 
     unit, norm = unit.contiguous(), norm.contiguous()
     rows, width = unit.shape
     grad_x = torch.empty_like(unit)
-    native_module().row_normalise_backward(
+    _C.row_normalise_backward(
         grad_unit.data_ptr(),
         grad_norm.data_ptr(),
         unit.data_ptr(),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mooring_kernels.row_normalise import cpu, reference
+from mooring_kernels.row_normalise import reference
 from mooring_kernels.runtime.checks import require_floats, require_width
 from mooring_kernels.runtime.dispatch import Impl, choose
 
@@ -47,6 +47,8 @@ def _forward(x: Tensor, eps: float, impl: str) -> tuple[Tensor, Tensor]:
         from mooring_kernels.row_normalise import gpu
 
         return gpu.row_normalise_fwd(x, eps)
+    from mooring_kernels.row_normalise import cpu
+
     return cpu.row_normalise_fwd(x, eps)
 
 
@@ -63,6 +65,8 @@ def _backward(
         from mooring_kernels.row_normalise import gpu
 
         return gpu.row_normalise_bwd(grad_unit, grad_norm, unit, norm, eps)
+    from mooring_kernels.row_normalise import cpu
+
     return cpu.row_normalise_bwd(grad_unit, grad_norm, unit, norm, eps)
 
 

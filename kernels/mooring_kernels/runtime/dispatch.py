@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mooring_kernels.runtime.native import NATIVE_BUILT
+from mooring_kernels.runtime.native import NATIVE_BUILT, require_native
 
 Impl = Literal["auto", "reference", "native", "triton"]
 Chosen = Literal["reference", "native", "triton"]
@@ -48,11 +48,7 @@ def choose(op: str, impl: Impl, *tensors: Tensor) -> Chosen:
     if impl == "native":
         if device != "cpu":
             raise ValueError(f"{op}: impl='native' takes CPU tensors; got {device}: use impl='auto'")
-        if not NATIVE_BUILT:
-            raise ImportError(
-                f"{op}: impl='native' needs mooring_kernels._C, which is not built: run  "
-                "python -m pip install --no-build-isolation --no-deps -e ."
-            )
+        require_native(f"{op} with impl='native'")
         return "native"
     if not TRITON_INSTALLED:
         raise ImportError(

@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from types import ModuleType
 
 import torch
 from torch import Tensor
-
-_BUILD = "python -m pip install --no-build-isolation --no-deps -e ."
 
 # A source checkout works without the native module, by the reference implementations.
 NATIVE_BUILT = importlib.util.find_spec("mooring_kernels._C") is not None
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
-
-
-def native_module() -> ModuleType:
-    """The native module ``mooring_kernels._C``.
-
-    Raises:
-        ImportError: it is not built; the message holds the command that builds it.
-    """
-    try:
-        from mooring_kernels import _C
-    except ImportError as err:
-        if NATIVE_BUILT:
-            raise  # it is there and cannot be loaded: the reason is in the original error
-        raise ImportError(f"the native module mooring_kernels._C is not built: run  {_BUILD}") from err
-    return _C
 
 
 def cpu_capability() -> str:
@@ -40,7 +22,23 @@ def cpu_capability() -> str:
         ImportError: the native module is not built.
         ValueError: MOORING_CPU names a set that is unknown or that this CPU does not have.
     """
-    return native_module().cpu_capability()
+    require_native("cpu_capability")
+    from mooring_kernels import _C
+
+    return _C.cpu_capability()
+
+
+def require_native(needed_for: str) -> None:
+    """Says how to build the native module where it is missing.
+
+    Raises:
+        ImportError: it is not built.
+    """
+    if not NATIVE_BUILT:
+        raise ImportError(
+            f"{needed_for}: the native module mooring_kernels._C is not built: run  "
+            "python -m pip install --no-build-isolation --no-deps -e ."
+        )
 
 
 def dtype_code(tensor: Tensor) -> int:
