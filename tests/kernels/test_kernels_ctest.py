@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mooring_kernels import _C
+_C = pytest.importorskip("mooring_kernels._C")
 
 pytestmark = pytest.mark.skipif(
     shutil.which("cmake") is None or shutil.which("c++") is None, reason="needs cmake and a C++ compiler"

@@ -15,7 +15,6 @@ from torch import Tensor
 
 import mooring_kernels
 from mooring_kernels import (
-    _C,
     bank_cross_entropy,
     calibrate,
     class_statistics,
@@ -30,6 +29,8 @@ from mooring_kernels.class_statistics import op as class_statistics_op
 from mooring_kernels.procrustes_rotation import op as procrustes_rotation_op
 from mooring_kernels.ring_push import op as ring_push_op
 from mooring_kernels.row_normalise import op as row_normalise_op
+
+_C = pytest.importorskip("mooring_kernels._C")
 
 FROZEN, TUNED, LABELS, HEAD = draw_bank(9, 6, 4, torch.Generator().manual_seed(3))
 FEATURES, BIAS, ROTATION = FROZEN[:5] * 2, HEAD[:, 0] * 3, torch.eye(6)
