@@ -212,7 +212,7 @@ def test_step_in_a_loop_of_ones_own(make_config) -> None:
     [
         {"train": {"precision": "bf16"}},
         {"train": {"ema_decay": 0.9}},
-        {"train": {"batchnorm": "frozen"}},
+        {"train": {"batchnorm": "train"}},
         {"train": {"label_smoothing": 0.1, "mixup": 0.2, "cutmix": 1.0}},
         {"train": {"clip_grad_norm": 1.0}},
         {"optimizer": {"name": "lamb", "layer_decay": 0.8}},

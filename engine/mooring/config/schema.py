@@ -76,7 +76,9 @@ class TrainSettings(Settings):
     )
     channels_last: bool = Field(default=True, description="memory format of images and convolution weights")
     batchnorm: Literal["train", "frozen"] = Field(
-        default="train", description="frozen: keep the pretrained statistics"
+        default="frozen",
+        description="frozen: keep the pretrained statistics, best on small data and small batches; "
+        "train: batch statistics, as most papers do",
     )
     clip_grad_norm: float | None = Field(
         default=None, gt=0, description="largest global gradient norm; none: off"

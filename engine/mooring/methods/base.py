@@ -138,7 +138,7 @@ class Method(nn.Module):
 
     def head_lr_multiplier(self, batch_size: int, optimizer: str) -> float:
         """Head learning rate over backbone learning rate where the user set none."""
-        return 10.0
+        return 5.0
 
     def lr_factors(self, at: At) -> Mapping[str, float]:
         """Factor on the scheduled learning rate by role, for methods with phases; 1 where none is given."""

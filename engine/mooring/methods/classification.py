@@ -17,11 +17,11 @@ def batch_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float =
     """
     logits = logits.float()
     if labels.ndim == 2:
-        classes = labels.shape[1]
-        rows = labels.sum(1)
-        targets = labels * (1 - label_smoothing) + rows[:, None] * (label_smoothing / classes)
-        total = -(targets * logits.log_softmax(1)).sum()
-        return total / rows.sum().clamp_min(1)
+        valid = labels.sum(1) > 0
+        targets = labels * (1 - label_smoothing) + valid[:, None] * (label_smoothing / labels.shape[1])
+        # where, not a product: a padding row's logits may be infinite
+        rows = torch.where(valid[:, None], logits, 0.0)
+        return -(targets * rows.log_softmax(1)).sum() / valid.sum().clamp_min(1)
     total = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum", label_smoothing=label_smoothing)
     return total / (labels >= 0).sum().clamp_min(1)
 

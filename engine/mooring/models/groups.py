@@ -19,7 +19,7 @@ def parameter_groups(
     roles: Mapping[str, Sequence[nn.Parameter]],
     *,
     lr: float,
-    head_lr_multiplier: float = 10.0,
+    head_lr_multiplier: float = 5.0,
     auxiliary_lr_multiplier: float | None = None,
     weight_decay: float = 0.0,
     layer_decay: float | None = None,

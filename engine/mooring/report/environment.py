@@ -16,7 +16,7 @@ from mooring.report.run_folder import RunFolder
 
 _PACKAGES = (
     "torch", "torchvision", "timm", "numpy", "pillow", "pyarrow", "pydantic", "safetensors",
-    "scikit-learn", "torchmetrics", "triton", "deepspeed", "transformers",
+    "torchmetrics", "triton", "deepspeed", "transformers",
 )  # fmt: skip
 _DALI_BUILDS = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 

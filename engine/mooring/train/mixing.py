@@ -1,4 +1,4 @@
-"""Mixup and CutMix as plain functions of a batch, and the losses for their targets."""
+"""Mixup and CutMix as plain functions of a batch, and the targets they make."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Mixed:
     lam: float
     partner: Tensor
 
-    def soft_targets(self, num_classes: int, *, label_smoothing: float = 0.0) -> Tensor:
+    def soft_targets(self, num_classes: int) -> Tensor:
         """Target distributions [B, C] float32; rows of zeros where padded."""
-        first = soft_targets(self.labels, num_classes, label_smoothing=label_smoothing)
-        second = soft_targets(self.partner_labels, num_classes, label_smoothing=label_smoothing)
+        first = soft_targets(self.labels, num_classes)
+        second = soft_targets(self.partner_labels, num_classes)
         return self.lam * first + (1 - self.lam) * second
 
 
@@ -68,28 +68,9 @@ def mix(images: Tensor, labels: Tensor, *, mixup: float, cutmix: float, generato
     return Mixed(mixed, labels, labels[partner], lam, partner)
 
 
-def soft_targets(labels: Tensor, num_classes: int, *, label_smoothing: float = 0.0) -> Tensor:
-    """``(1 - s) onehot + s / C`` [B, C] float32; rows of zeros where the label is -1."""
-    valid = (labels >= 0).unsqueeze(1)
-    hot = F.one_hot(labels.clamp_min(0), num_classes).float()
-    return (hot * (1 - label_smoothing) + label_smoothing / num_classes) * valid
-
-
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """``-sum_c t_c log softmax(z)_c``, averaged over the rows with a target; 0 where there is none.
-
-    Args:
-        logits: [B, C], any float dtype; computed in fp32.
-        targets: [B, C]; rows of zeros are padding.
-
-    Returns:
-        fp32 scalar.
-    """
-    valid = targets.sum(1) > 0
-    # where, not a product: a padding row's logits may be infinite
-    rows = torch.where(valid.unsqueeze(1), logits.float(), 0.0)
-    losses = -(targets * F.log_softmax(rows, dim=1)).sum(1)
-    return losses.sum() / valid.sum().clamp_min(1)
+def soft_targets(labels: Tensor, num_classes: int) -> Tensor:
+    """One-hot rows [B, C] float32; rows of zeros where the label is -1. Smoothing is the loss's part."""
+    return F.one_hot(labels.clamp_min(0), num_classes).float() * (labels >= 0).unsqueeze(1)
 
 
 def _choose(mixup: float, cutmix: float, generator: Generator) -> Literal["mixup", "cutmix"] | None:
