@@ -61,12 +61,29 @@ def settings(method: str, seed: int, photos: Path, run: Path, extra: list[str]) 
 def one_run(
     method: str, seed: int, photos: Path, out: Path, extra: list[str], console: Console
 ) -> dict[str, Any]:
-    """Trains once, or reads the result where this run is already there; returns its record."""
+    """Trains, continues what was interrupted, or reads what is done; returns the record.
+
+    Raises:
+        SystemExit: the run was interrupted, or the folder holds a run of other settings.
+    """
     run = out / f"{method}-seed{seed}"
-    if not (run / "result.json").is_file():
+    wanted = settings(method, seed, photos, run, extra)
+    if (run / "config.toml").is_file():
+        done = load_config(run / "config.toml", [])
+        differing = [
+            key for key in ("seed", "model", "method", "train", "optimizer", "schedule")
+            if getattr(done, key) != getattr(wanted, key)
+        ]  # fmt: skip
+        if differing:
+            raise SystemExit(
+                f"{run} holds a run with other settings ({', '.join(differing)}): remove it, or take --out"
+            )
+    record = json.loads((run / "result.json").read_text()) if (run / "result.json").is_file() else None
+    if record is None or record["interrupted"]:
         console.rule(f"{METHODS[method][0]}, seed {seed}", align="left")
-        Engine.build(settings(method, seed, photos, run, extra)).fit()
-    record = json.loads((run / "result.json").read_text())
+        if Engine.build(wanted.model_copy(update={"resume": "auto"})).fit().interrupted:
+            raise SystemExit(130)
+        record = json.loads((run / "result.json").read_text())
     return {**record, "run": run, "seed": seed}
 
 
@@ -111,6 +128,7 @@ def write_record(path: Path, records: dict[str, list[dict[str, Any]]], long: boo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo-runs"))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--long", action="store_true", help="10 epochs of fine-tuning instead of 3")
     parser.add_argument("--record", type=Path, help="append the results to this file, one JSON line")
@@ -120,9 +138,9 @@ def main() -> None:
     extra = [*(LONG if options.long else []), *options.set]
     console, started = Console(), time.perf_counter()
     photos = manifest_folder(options.out)
-    records: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
+    records: dict[str, list[dict[str, Any]]] = {method: [] for method in options.methods}
     for seed in options.seeds:
-        for method in METHODS:
+        for method in options.methods:
             records[method].append(one_run(method, seed, photos, out, extra, console))
     console.print()
     console.print(results_table(records))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,12 +19,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
-from mooring.errors import MooringError
+from mooring.errors import ConfigError, DataError, MooringError
 
 if TYPE_CHECKING:
     from mooring.config.schema import RunConfig
+    from mooring.data.manifest import Manifest
+    from mooring.report.predictions import Ranked
     from mooring.train.results import RunPlan, RunResult
 
 INTERRUPTED = 130
@@ -56,6 +59,40 @@ class _Commands(TyperGroup):
         raise typer.Exit(USER_ERROR)
 
 
+class _TrainCommand(TyperCommand):
+    """Says how a setting is written where one is given as an option: ``--epochs 3``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        known = {"--help", *(name for parameter in self.params for name in parameter.opts)}
+        for place, word in enumerate(args):
+            name, equals, value = word.partition("=")
+            if word == "--":
+                break
+            if word.startswith("--") and name not in known:
+                following = args[place + 1 : place + 2]
+                raise _no_such_option(name, value if equals else next(iter(following), ""))
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from mooring.config.load import shipped_recipes  # only where it is read: it imports the whole schema
+
+        self.epilog = (
+            f"Shipped recipes: [bold]{', '.join(shipped_recipes())}[/]. "
+            "Settings are listed by:  [bold]mooring info --keys[/]"
+        )
+        super().format_help(ctx, formatter)
+
+
+def _no_such_option(option: str, value: str) -> MooringError:
+    from mooring.config.keys import SHORTHANDS, all_keys, nearest
+
+    word = option.removeprefix("--").replace("-", "_")
+    key = word if word in SHORTHANDS else nearest(word, tuple(all_keys()))
+    shown = "..." if not value or value.startswith("-") or ("=" in value) else value
+    hint = f"write {key}={shown}" if key is not None else "settings are listed by  mooring info --keys"
+    return ConfigError(f"{option}: there is no such option; settings are written key=value: {hint}")
+
+
 def _words(name: str) -> str:
     spaced = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
     return spaced.capitalize()
@@ -67,7 +104,7 @@ def _system_problem(err: Exception) -> str | None:
         advice = {
             errno.ENOSPC: "the disk is full: free some space, or choose another folder with out=",
             errno.EDQUOT: "the disk quota is used up: free some space, or choose another folder with out=",
-            errno.EACCES: "no permission: choose a folder you may write, with out=",
+            errno.EACCES: "no permission: choose files you may read, and a folder you may write with out=",
             errno.EROFS: "the file system is read-only: choose another folder with out=",
         }.get(err.errno or 0)
         return f"{err.filename or err}: {advice}" if advice else None
@@ -130,16 +167,25 @@ def scan(
         typer.Argument(
             metavar="DIR",
             help="Image folder (class/image or train|val|test/class/image), CSV, TSV or Parquet list.",
+            readable=False,  # here and below: the message about a path is ours, where it is used
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where the manifest goes. [default: scans/NAME]")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", readable=False, help="Where the manifest goes. \\[default: scans/NAME]"
+        ),
     ] = None,
     val_fraction: Annotated[
-        float, typer.Option(help="Share of train held out where the data has no validation split.")
+        float,
+        typer.Option(
+            min=0.0001, max=0.9999, help="Share of train held out where no validation split is given."
+        ),
     ] = 0.15,
-    seed: Annotated[int, typer.Option(help="Of the validation split.")] = 0,
-    workers: Annotated[int | None, typer.Option(min=1, help="Decoding threads. [default: all cores]")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Of the validation split.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Decoding threads. \\[default: all cores]")
+    ] = None,
     image_column: Annotated[
         str | None, typer.Option(help="Column of a list with paths or image bytes.")
     ] = None,
@@ -171,13 +217,19 @@ def scan(
         console.print(part)
 
 
-@app.command(epilog="Settings are listed by:  [bold]mooring info --keys[/]")
+def _shipped_recipes() -> str:
+    from mooring.config.recipes_listing import names
+
+    return ", ".join(names())
+
+
+@app.command(cls=_TrainCommand)
 def train(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="RECIPE | KEY=VALUE",
-            help="A recipe (TOML file or shipped name) and settings, as in data=photos method=dr_tune.",
+            help="A recipe (a TOML file, or the name of a shipped one) and settings, as in data=photos method=dr_tune.",
         ),
     ] = None,
     dry_run: Annotated[
@@ -199,6 +251,7 @@ def train(
     # a first use of a data path decodes every image: that can take minutes, and must not look like a hang
     with counting("reading the data", "images", config.report.progress) as progress:
         engine = Engine.build(config, scan_progress=progress)
+    _print_data_notes(config, engine.parts.manifest)
     if dry_run:
         try:
             _print_plan(config, engine.plan())
@@ -224,64 +277,104 @@ def train(
 
 @app.command(name="eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", readable=False, help="A run folder.")],
     data: Annotated[
-        Path | None, typer.Option(help="Other images to evaluate on. [default: the run's own]")
+        Path | None,
+        typer.Option(readable=False, help="Other images to evaluate on. \\[default: the run's own]"),
     ] = None,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="train, val or test. \\[default: test where there is one, else val]")
+    ] = None,
 ) -> None:
     """Measure a finished run on a split of its data, or on other data with the same classes."""
+    from mooring.report.metrics import counted, shown_metrics
     from mooring.report.run_folder import existing_run
     from mooring.report.table import Row, results_table
 
-    if split not in ("train", "val", "test"):
+    if split not in (None, "train", "val", "test"):
         raise MooringError(f"--split: expected train, val or test, got {split}")
     existing_run(run)
     from mooring.train.inference import load_run
 
-    result = load_run(run).evaluate(data, split)
+    predictor = load_run(run)
+    rows = predictor.evaluation_split(data, split)
+    result = predictor.evaluate_split(rows)
     values = result.scalars()
-    title = f"{run}: {result.n} images of {data or 'its data'}, {split}"
-    _stdout().print(results_table([Row(run.name, values)], list(values), title=escape(title), first="run"))
+    title = f"{run}: {counted(result.n, 'image')} of {data or 'its data'}, {rows.name} split"
+    columns = shown_metrics(list(values), len(predictor.classes))
+    _stdout().print(results_table([Row(run.name, values)], columns, title=title, first="run"))
 
 
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE_OR_FOLDER...", help="What to classify.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", readable=False, help="A run folder.")],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE_OR_FOLDER...", readable=False, help="What to classify.")
+    ],
     top: Annotated[int, typer.Option(min=1, help="Classes to show per image.")] = 5,
     out: Annotated[
-        Path | None, typer.Option(help="Write to this .csv or .jsonl file instead of the screen.")
+        Path | None,
+        typer.Option(readable=False, help="Write to this .csv or .jsonl file instead of the screen."),
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --out.")] = False,
 ) -> None:
-    """Classify images with a finished run."""
-    from mooring.report.predictions import check_predictions_path, predictions_csv, write_predictions
+    """Classify images with a finished run. What cannot be read in a folder is named and left out."""
+    from mooring.report.metrics import counted
+    from mooring.report.predictions import PredictionWriter, check_predictions_path, open_predictions
+    from mooring.report.progress import counting
     from mooring.report.run_folder import existing_run
 
     if out is not None:
-        check_predictions_path(out)
+        check_predictions_path(out, overwrite=overwrite)
     existing_run(run)
     files = _image_files(images)
     from mooring.train.inference import load_run
 
-    ranked = [classes[:top] for classes in load_run(run).predict_files(files)]
+    predictor = load_run(run)
+    top = min(top, len(predictor.classes))
+    unreadable: list[Path] = []
+
+    def left_out(path: Path, problem: DataError) -> None:
+        if files[path]:
+            raise problem
+        unreadable.append(path)
+        _warn(str(problem))
+
     console = _stdout()
+    with ExitStack() as stack:
+        if out is not None:
+            write = stack.enter_context(open_predictions(out, top, overwrite=overwrite)).write
+        elif console.is_terminal:
+            table = Table("image", *(["class", ""] * top), header_style="bold")
+            stack.callback(
+                lambda: console.print(table) if table.row_count else None
+            )  # also where a file fails
+
+            def write(file: Path, ranked: Ranked) -> None:
+                cells = [cell for name, share in ranked for cell in (escape(name), f"{100 * share:.1f} %")]
+                table.add_row(escape(str(file)), *cells)
+
+        else:
+            write = PredictionWriter(sys.stdout, ".csv", top).write
+        progress = stack.enter_context(counting("classifying", "images"))
+        done = 0
+        for file, ranked in predictor.predict_each(files, left_out):
+            write(file, ranked[:top])
+            done += 1
+            progress(done + len(unreadable), len(files))
+    if unreadable:
+        _warn(f"{counted(len(unreadable), 'file')} could not be read")
+    if not done:
+        raise DataError("none of the files could be read")
     if out is not None:
-        write_predictions(out, files, ranked)
-        console.print(f"{len(files)} predictions in {escape(str(out))}")
-    elif console.is_terminal:
-        table = Table("image", *(["class", ""] * min(top, len(ranked[0]))), header_style="bold")
-        for file, classes in zip(files, ranked, strict=True):
-            cells = [cell for name, share in classes for cell in (escape(name), f"{100 * share:.1f} %")]
-            table.add_row(escape(str(file)), *cells)
-        console.print(table)
-    else:
-        typer.echo(predictions_csv(files, ranked), nl=False)
+        console.print(f"{counted(done, 'prediction')} in {escape(str(out))}", soft_wrap=True)
 
 
 @app.command()
 def info(
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder to summarise.")] = None,
+    run: Annotated[
+        Path | None, typer.Argument(metavar="\\[RUN]", readable=False, help="A run folder to summarise.")
+    ] = None,
     keys: Annotated[bool, typer.Option("--keys", help="List every setting instead.")] = False,
 ) -> None:
     """Show what this installation can do, or what a run did."""
@@ -298,12 +391,11 @@ def info(
         console.print(part)
 
 
-def _image_files(named: list[Path]) -> list[Path]:
-    """The files named, and those under the folders named, in the order of their paths."""
+def _image_files(named: list[Path]) -> dict[Path, bool]:
+    """The files named (True), and those under the folders named (False), in the order of their paths."""
     from mooring.data.discover import IMAGE_SUFFIXES
-    from mooring.errors import DataError
 
-    files: list[Path] = []
+    files: dict[Path, bool] = {}
     for path in named:
         if path.is_dir():
             found = sorted(file for file in path.rglob("*") if file.name.lower().endswith(IMAGE_SUFFIXES))
@@ -311,18 +403,21 @@ def _image_files(named: list[Path]) -> list[Path]:
                 raise DataError(
                     f"{path}: expected images ({', '.join(IMAGE_SUFFIXES)}), got a folder without any"
                 )
-            files += found
+            for file in found:
+                files.setdefault(file, False)
         elif path.is_file():
-            files.append(path)
+            files[path] = True
         else:
             raise DataError(f"{path}: expected an image or a folder, got nothing")
     return files
 
 
+def _warn(message: str) -> None:
+    Console(stderr=True, highlight=False).print(f"[yellow]warning[/] {escape(message)}", soft_wrap=True)
+
+
 def _recipe_and_overrides(arguments: list[str]) -> tuple[str | None, list[str]]:
     """Splits the words after ``mooring train``; a recipe is what has no ``=``, wherever it stands."""
-    from mooring.errors import ConfigError
-
     recipes = [word for word in arguments if "=" not in word or Path(word).is_file()]
     if len(recipes) > 1:
         raise ConfigError(
@@ -332,33 +427,53 @@ def _recipe_and_overrides(arguments: list[str]) -> tuple[str | None, list[str]]:
     return (recipes[0] if recipes else None), [word for word in arguments if word not in recipes]
 
 
+def _print_data_notes(config: RunConfig, manifest: Manifest) -> None:
+    """What the scan decided, on stderr: how validation was split off, and what was left out."""
+    from mooring.report.progress import resolve_mode
+    from mooring.report.scan_summary import left_out
+
+    if resolve_mode(config.report.progress) == "quiet":
+        return
+    console = Console(stderr=True, highlight=False)
+    for note in manifest.notes:
+        console.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
+    quarantine = getattr(manifest, "quarantine", ())
+    if quarantine:
+        listed = (config.out or Path("RUN")) / "manifest" / "quarantine.csv"
+        line = f"{left_out(quarantine)}: listed in {listed}"
+        console.print(f"[yellow]note[/] {escape(line)}", soft_wrap=True)
+
+
 def _print_plan(config: RunConfig, plan: RunPlan) -> None:
     """The resolved settings as TOML with the plan in its comments, so that the output is itself a recipe."""
     from mooring.config.load import to_toml
+    from mooring.report.metrics import counted
 
     typer.echo(to_toml(config))
     typer.echo(
         f"# {plan.train_images} train, {plan.val_images} validation and {plan.test_images} test images; "
-        f"{plan.classes} classes\n"
-        f"# {plan.total_steps} steps: {config.train.epochs} epochs of {plan.steps_per_epoch}\n"
+        f"{counted(plan.classes, 'class', 'classes')}\n"
+        f"# {counted(plan.total_steps, 'step')}: {counted(config.train.epochs, 'epoch')} of "
+        f"{plan.steps_per_epoch}\n"
         f"# {plan.method} on {plan.model}: {plan.parameters:,} parameters, {plan.feature_dim} features\n"
         f"# device {plan.device}, images from the {plan.source} source"
     )
 
 
 def _print_result(config: RunConfig, result: RunResult) -> None:
-    from mooring.report.metrics import duration
+    from mooring.report.metrics import duration, shown_metrics
     from mooring.report.table import Row, results_table
 
-    columns = ["top1", "top5", "mean_per_class", "ece", "nll"]
     evaluated = (("validation", result.val), ("test", result.test))
     rows = [Row(name, found.scalars()) for name, found in evaluated if found is not None]
     console = _stdout()
-    if rows:
+    measured = result.test or result.val
+    if measured is not None:
+        columns = shown_metrics(list(measured.scalars()), len(measured.confusion))
         title = f"{config.method.name} on {config.model.name}"
         if result.best_epoch is not None:
             title += f", epoch {result.best_epoch + 1} of {config.train.epochs}"
-        console.print(results_table(rows, columns, title=escape(title), first="split"))
+        console.print(results_table(rows, columns, title=title, first="split"))
     # a run that was only finished from its saved state trained nothing
     speed = f"{result.images_per_second:.0f} images/s in training, " if result.images_per_second else ""
     where = f"{duration(result.seconds)} in all; run folder: {escape(str(result.run))}"

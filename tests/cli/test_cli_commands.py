@@ -23,7 +23,7 @@ from mooring.cli import _Commands, app
 from mooring.config.load import load_config, to_toml
 from mooring.errors import ConfigError, MissingDependencyError, RunFolderError
 from mooring.report.metrics_log import MetricsLog
-from mooring.report.predictions import predictions_csv, predictions_jsonl, write_predictions
+from mooring.report.predictions import open_predictions
 from mooring.report.run_folder import RunFolder
 
 OPTIONS = {
@@ -34,7 +34,7 @@ OPTIONS = {
     },
     ("train",): {"--dry-run", "--resume", "--help"},
     ("eval",): {"--data", "--split", "--help"},
-    ("predict",): {"--top", "--out", "--help"},
+    ("predict",): {"--top", "--out", "--overwrite", "--help"},
     ("info",): {"--keys", "--help"},
 }  # fmt: skip
 
@@ -209,7 +209,7 @@ def test_scan_reports_and_writes_a_manifest(
     result = run("scan", photos, "--val-fraction", "0.25", "--workers", "1")
     assert result.exit_code == 0, result.output
     assert "16 images, 2 classes" in result.stdout
-    assert "1 files left out: 1 not an image" in result.stdout
+    assert "1 file left out: 1 not an image" in result.stdout
     assert "broken [1].jpg" in result.stdout
     assert "note no validation split was given" in result.stdout
     assert "scanning my photos: 17/17 images" in result.stderr
@@ -267,7 +267,7 @@ def test_info_of_a_run(tmp_path: Path) -> None:
         log.write("train", step=40, epoch=1, values={"loss": 1.0})
     unfinished = run("info", tmp_path)
     assert unfinished.exit_code == 0, unfinished.output
-    assert "Not finished: 40 steps are logged" in unfinished.stdout
+    assert "Not finished: 40 steps logged" in unfinished.stdout
     scalars = {"top1": 0.8125, "top5": 1.0, "mean_per_class": 0.75, "ece": float("nan"), "nll": 0.5}
     folder.write_json(
         "result.json",
@@ -295,18 +295,39 @@ FILES = [Path("a b.jpg"), Path('c"d.jpg')]
 RANKED = [[("cat", 0.75), ("dog, small", 0.25)], [("dog, small", 0.5), ("cat", 0.5)]]
 
 
+def write(path: Path, *, overwrite: bool = False) -> str:
+    with open_predictions(path, top=2, overwrite=overwrite) as writer:
+        for file, ranked in zip(FILES, RANKED, strict=True):
+            writer.write(file, ranked)
+    return path.read_text(encoding="utf-8")
+
+
 def test_predictions_as_csv_and_json_lines(tmp_path: Path) -> None:
-    rows = list(csv.DictReader(predictions_csv(FILES, RANKED).splitlines()))
+    rows = list(csv.DictReader(write(tmp_path / "out.csv").splitlines()))
     assert rows[0] == {
         "file": "a b.jpg", "class_1": "cat", "probability_1": "0.750000",
         "class_2": "dog, small", "probability_2": "0.250000",
     }  # fmt: skip
     assert rows[1]["file"] == 'c"d.jpg'
-    lines = [json.loads(line) for line in predictions_jsonl(FILES, RANKED).splitlines()]
+    lines = [json.loads(line) for line in write(tmp_path / "OUT.JSONL").splitlines()]
     assert lines[1] == {"file": 'c"d.jpg', "classes": [["dog, small", 0.5], ["cat", 0.5]]}
-    for name, form in (("out.csv", predictions_csv), ("OUT.JSONL", predictions_jsonl)):
-        write_predictions(tmp_path / name, FILES, RANKED)
-        assert (tmp_path / name).read_text() == form(FILES, RANKED)
+
+
+def test_an_existing_file_is_kept_unless_it_may_be_replaced(tmp_path: Path) -> None:
+    first = write(tmp_path / "out.csv")
+    with pytest.raises(RunFolderError, match="exists: choose another name, or add --overwrite"):
+        write(tmp_path / "out.csv")
+    assert write(tmp_path / "out.csv", overwrite=True) == first
+
+
+@pytest.mark.parametrize("done", [0, 1])
+def test_what_was_predicted_before_an_error_stays(done: int, tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), open_predictions(tmp_path / "out.jsonl", top=2) as writer:
+        for file, ranked in zip(FILES[:done], RANKED, strict=False):
+            writer.write(file, ranked)
+            assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 1, "not written as it came"
+        raise ZeroDivisionError
+    assert (tmp_path / "out.jsonl").exists() == bool(done), "an empty file would be in the way"
 
 
 @pytest.mark.parametrize("names", [["nowhere.jpg"], ["empty"]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
@@ -14,7 +13,7 @@ from PIL import Image
 
 from mooring import Engine
 from mooring.config.load import load_config
-from mooring.errors import DataError, MooringError, RunFolderError
+from mooring.errors import DataError, MooringError
 from mooring.report.metrics_log import read_metrics
 from mooring.train.inference import load_run
 
@@ -85,18 +84,27 @@ def test_same_seed_same_weights_and_another_seed_others(make_config, tmp_path: P
     assert not all(torch.equal(a, b) for a, b in zip(finals[0].values(), finals[2].values(), strict=True))
 
 
+EXACT = {
+    "sgd": {"optimizer": {"name": "sgd", "lr": 0.01}},
+    "adamw-ema": {"train": {"ema_decay": 0.9, "batchnorm": "train"}},
+    "lamb-accumulate-drop": {
+        "optimizer": {"name": "lamb"},
+        "train": {"accumulate": 2, "batch_size": 2},
+        "model": {"drop_path_rate": 0.1},
+    },
+}
+
+
 @pytest.mark.parametrize("source", ["torch", "dali"])
 @pytest.mark.parametrize("method", ["fine_tune", "dr_tune"])
+@pytest.mark.parametrize("case", list(EXACT))
 def test_state_taken_mid_epoch_continues_bit_for_bit(
-    make_config, tmp_path: Path, source: str, method: str
+    make_config, tmp_path: Path, source: str, method: str, case: str
 ) -> None:
     settings = {"name": method, **({"bank_size": 16} if method == "dr_tune" else {})}
-    options = {
-        "method": settings,
-        "data": {"source": source},
-        "train": {"mixup": 0.2} if method == "fine_tune" else {},
-        "optimizer": {"name": "sgd", "lr": 0.01},
-    }
+    options: dict = {**EXACT[case], "method": settings, "data": {"source": source}}
+    if method == "fine_tune":
+        options["train"] = {**options.get("train", {}), "mixup": 0.2}
 
     def steps(engine: Engine, count: int) -> None:
         while count:
@@ -118,6 +126,41 @@ def test_state_taken_mid_epoch_continues_bit_for_bit(
     assert second.global_step == whole.global_step == 7
     for (name, a), b in zip(state_of(whole).items(), state_of(second).values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_evaluation_measures_the_whole_split_whatever_was_read_before(make_config) -> None:
+    with Engine.build(make_config(train={"batch_size": 2})) as engine:
+        next(iter(engine.test_source))
+        assert engine.evaluate(engine.test_source).n == 12
+
+
+def test_with_an_average_the_engine_keeps_the_model_it_reports(make_config) -> None:
+    engine = Engine.build(make_config(train={"epochs": 2, "ema_decay": 0.5}))
+    result = engine.fit()
+    again = engine.evaluate(engine.test_source)
+    assert torch.equal(again.confusion, result.test.confusion) and again.nll == pytest.approx(result.test.nll)
+
+
+def test_a_finished_run_can_be_resumed_without_changing_its_record(make_config) -> None:
+    config = make_config()
+    first = Engine.build(config).fit()
+    before = json.loads((first.run / "result.json").read_text())
+    again = Engine.build(config.model_copy(update={"resume": str(first.run)})).fit()
+    after = json.loads((first.run / "result.json").read_text())
+    assert torch.equal(first.test.confusion, again.test.confusion)
+    assert after["test"] == before["test"] and after["images_per_second"] == before["images_per_second"]
+    assert after["seconds"] >= before["seconds"] * 0.5
+    assert [r.kind for r in read_metrics(first.run)].count("test") == 1
+    repeated = load_config(first.run / "config.toml", [f"out={first.run.parent / 'again'}"])
+    assert repeated.resume is None
+    assert Engine.build(repeated).fit().test is not None
+
+
+def test_the_default_batch_fits_a_small_data_set(make_config) -> None:
+    config = make_config()
+    train = config.train.model_dump(exclude={"batch_size"})
+    with Engine.build(config.model_copy(update={"train": type(config.train)(**train)})) as engine:
+        assert engine.config.train.batch_size == engine.plan().train_images < 32
 
 
 def test_interrupt_keeps_a_valid_run_folder_and_resume_finishes_it(
@@ -180,17 +223,6 @@ def test_interrupt_before_the_first_validation_still_exports_a_model(make_config
     assert engine.global_step == 1
     assert result.interrupted and result.val is None
     load_run(result.run)
-
-
-def test_a_full_disk_is_said_in_one_sentence(make_config, monkeypatch) -> None:
-    engine = Engine.build(make_config())
-
-    def save(folder):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(engine, "save", save)
-    with pytest.raises(RunFolderError, match="the disk is full"):
-        engine.fit()
 
 
 def test_accumulation_counts_optimizer_steps(make_config) -> None:

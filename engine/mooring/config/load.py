@@ -22,6 +22,7 @@ from mooring.config.schema import RunConfig
 from mooring.errors import ConfigError
 
 _Flat = dict[str, Any]
+_LOCAL_DIR = "local-dir:"  # timm's prefix of a model folder
 
 
 def load_config(recipe: Path | str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -37,16 +38,54 @@ def load_config(recipe: Path | str | None = None, overrides: Sequence[str] = ())
             ``method=NAME`` are short for ``data.path`` and ``method.name``.
 
     Raises:
-        ConfigError: lists every unknown key, wrong type and value out of range, one line each.
+        ConfigError: lists every unknown key, wrong type and value out of range, one line each; or the
+            run to resume is none, or is not the folder that ``out`` names.
     """
     problems: list[str] = []
     given = _parse_overrides(overrides, problems)
     resume = given.get("resume")
-    if recipe is None and resume not in (None, "auto") and (Path(resume) / "config.toml").is_file():
-        base = _read(Path(resume) / "config.toml") | {"out": str(resume)}
+    run = Path(resume).expanduser() if isinstance(resume, str) and resume not in ("", "auto") else None
+    if run is not None:
+        if not run.is_dir():
+            raise ConfigError(f"resume: expected a run folder, got {resume}")
+        given["resume"] = str(run)
+    if recipe is not None:
+        base = _read(_find_recipe(recipe))
+    elif run is not None and (run / "config.toml").is_file():
+        base = _read(run / "config.toml") | {"out": str(run)}
+    elif run is not None and "data.path" not in given:  # else the message would only ask for data
+        raise ConfigError(f"resume: expected a run folder (with a config.toml), got {resume}")
     else:
-        base = _read(_find_recipe(recipe)) if recipe is not None else {}
-    return _build(_merge(base, given), problems)
+        base = {}
+    config = _build(_merge(base, given), problems)
+    if run is not None and config.out is not None and config.out.resolve() != run.resolve():
+        raise ConfigError(
+            f"out: got {config.out} with resume={resume}; a continued run stays in its own folder: "
+            "leave out= out, or give the same folder"
+        )
+    return config
+
+
+def absolute_paths(config: RunConfig) -> RunConfig:
+    """A copy whose input paths do not depend on the current folder: data, weights file, local model folder.
+
+    ``out`` and ``resume`` stay as they are: they name the run, which may be moved.
+    """
+    model: dict[str, str] = {}
+    if config.model.name.startswith(_LOCAL_DIR):
+        model["name"] = _LOCAL_DIR + str(_absolute(config.model.name.removeprefix(_LOCAL_DIR)))
+    if config.model.weights not in ("auto", "none"):
+        model["weights"] = str(_absolute(config.model.weights))
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"path": _absolute(config.data.path)}),
+            "model": config.model.model_copy(update=model),
+        }
+    )
+
+
+def _absolute(path: Path | str) -> Path:
+    return Path(path).expanduser().absolute()  # links stay: they may be switched to another copy of the data
 
 
 def config_from_toml(text: str) -> RunConfig:

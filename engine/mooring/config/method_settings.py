@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Settings(BaseModel):
@@ -76,6 +76,14 @@ class DRTuneSettings(Settings):
     head_init_std: float = Field(
         default=0.01, gt=0, description="standard deviation of the fresh head's weights"
     )
+
+    @model_validator(mode="after")
+    def _polar_needs_a_ridge(self) -> DRTuneSettings:
+        if self.rotation_solver == "polar" and (self.rotation_ridge == 0 or self.rotation_det_fix):
+            raise ValueError(
+                "rotation_solver=polar needs rotation_ridge > 0 and rotation_det_fix=false; take rotation_solver=svd"
+            )
+        return self
 
 
 MethodSettings = Annotated[

@@ -9,6 +9,7 @@ same across versions, its distributions it may change.
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +36,7 @@ _OPS = 32
 _PER_OP = 2
 
 _ORDER_STREAM, _PIXEL_STREAM = 0x0D0E, 0x0F1C
+_WORD = 2**64 - 1
 # BT.601 luma, and YIQ for hue: the inverse is computed, so that hue 0 is exactly the identity
 _LUMA = np.array([0.299, 0.587, 0.114])
 _TO_YIQ = np.array([_LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
@@ -87,9 +89,15 @@ class _One:
 
 def words(seed: int, stream: int, epoch: int, item: int, view: int, count: int) -> np.ndarray:
     """``count`` raw 64-bit words of the stream of (seed, stream, epoch, item, view)."""
-    # the lowest counter word numbers the blocks inside a stream, the three above name the stream
-    counter = np.array([0, view, item, epoch], np.uint64)
-    return np.random.Philox(key=np.array([seed, stream], np.uint64), counter=counter).random_raw(count)
+    # The lowest counter word numbers the blocks inside a stream, the three above name the stream. Key and
+    # counter are Python integers, not arrays: no cast lies between a seed and its stream.
+    key = _joined(seed, stream)
+    return np.random.Philox(key=key, counter=_joined(0, view, item, epoch)).random_raw(count)
+
+
+def _joined(*parts: int) -> int:
+    """One integer of 64-bit words, the lowest first; a part that is not a whole number is a TypeError."""
+    return sum((operator.index(part) & _WORD) << (64 * place) for place, part in enumerate(parts))
 
 
 def uniforms(seed: int, epoch: int, item: int, view: int, count: int) -> np.ndarray:
@@ -131,7 +139,7 @@ def draw(
         flip=np.zeros(count, bool),
     )
     for i in range(count):
-        u = uniforms(seed, epoch, int(ids[i]) & (2**64 - 1), view, _OPS + _PER_OP * operations)
+        u = uniforms(seed, epoch, int(ids[i]), view, _OPS + _PER_OP * operations)
         out.window[i] = _window(augment.crop, int(sizes[i, 0]), int(sizes[i, 1]), u[_CROP], u[_PLACE])
         out.flip[i] = u[_FLIP] < augment.flip
         one = _One(warp=np.eye(3))

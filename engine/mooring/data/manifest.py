@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -88,11 +88,13 @@ class Manifest:
 
     Attributes:
         root: folder that the rows' paths are relative to.
-        classes: class names sorted by code point; the class index is the place in this list.
+        classes: class names, sorted by code point unless they were given; the class index is the place
+            in this list.
         table: rows, see ``SCHEMA``.
         source: what was scanned: kind, path.
         notes: what a user should know, one sentence each.
         made_validation: how the validation split was made from train; None where one was given.
+        quarantine: the files that were left out, with a reason each; not part of the digest.
     """
 
     root: Path
@@ -101,6 +103,7 @@ class Manifest:
     source: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     made_validation: dict[str, Any] | None = None
+    quarantine: tuple[Quarantined, ...] = field(default=(), repr=False)
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -147,7 +150,21 @@ class Manifest:
             native=np.asarray(rows["native"].to_pylist(), dtype=bool),
         )
 
-    def save(self, folder: Path, quarantine: Sequence[Quarantined] = ()) -> None:
+    def with_classes(self, classes: Sequence[str]) -> Manifest:
+        """The same rows with class indices into ``classes``: how other data is measured with a run's classes.
+
+        Raises:
+            DataError: a label is not among them.
+        """
+        labels = self.table["label"].to_pylist()
+        check_labels(labels, classes, self.source.get("path", str(self.root)))
+        index = {name: place for place, name in enumerate(classes)}
+        place = SCHEMA.get_field_index("class")
+        values = pa.array([index[label] for label in labels], SCHEMA.field(place).type)
+        table = self.table.set_column(place, SCHEMA.field(place), values)
+        return replace(self, classes=tuple(classes), table=table)
+
+    def save(self, folder: Path) -> None:
         """Writes the manifest folder; ``manifest.json`` comes last, so a folder that has it is whole.
 
         Raises:
@@ -162,13 +179,13 @@ class Manifest:
             "made_validation": self.made_validation,
             "source": self.source,
             "notes": list(self.notes),
-            "quarantined": len(quarantine),
+            "quarantined": len(self.quarantine),
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / HEAD_FILE).unlink(missing_ok=True)
             pq.write_table(self.table, folder / ROWS_FILE)
-            write_quarantine(folder / QUARANTINE_FILE, quarantine)
+            write_quarantine(folder / QUARANTINE_FILE, self.quarantine)
             part = folder / f"{HEAD_FILE}.part"
             part.write_text(json.dumps(head, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             part.replace(folder / HEAD_FILE)
@@ -199,8 +216,9 @@ class Manifest:
                 source=head["source"],
                 notes=tuple(head["notes"]),
                 made_validation=head["made_validation"],
+                quarantine=tuple(load_quarantine(folder)),
             )
-        except (OSError, KeyError, TypeError, pa.ArrowException) as err:
+        except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as err:
             raise DataError(
                 f"expected a whole manifest in {folder}; got {type(err).__name__}: {err}: scan again"
             ) from None
@@ -225,6 +243,30 @@ class Manifest:
 def load_quarantine(folder: Path) -> list[Quarantined]:
     """The quarantine list saved beside a manifest."""
     return read_quarantine(folder / QUARANTINE_FILE)
+
+
+def check_labels(labels: Iterable[str], classes: Sequence[str], source: object) -> None:
+    """Refuses labels that are not among the classes.
+
+    Raises:
+        DataError: naming them.
+    """
+    unknown = sorted(set(labels) - set(classes))
+    if unknown:
+        shown = ", ".join(repr(name) for name in unknown[:8])
+        more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+        raise DataError(
+            f"expected only classes that the run knows ({len(classes)} of them) in {source}; got {shown}{more}: "
+            "rename them as in the run, or take them out"
+        )
+
+
+def scanned_path(folder: Path) -> str | None:
+    """What the manifest in a folder is the scan of; None where there is no readable manifest."""
+    try:
+        return str(_read_head(folder)["source"]["path"])
+    except (DataError, KeyError, TypeError):
+        return None
 
 
 def _read_head(folder: Path) -> dict[str, Any]:

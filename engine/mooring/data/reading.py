@@ -12,6 +12,8 @@ from mooring.data.manifest import Split
 from mooring.data.quarantine import ImageProblem
 from mooring.errors import DataError
 
+_REMEDY = "restore it, or scan the data again"
+
 
 def read_row(split: Split, row: int) -> bytes:
     """The file of a row.
@@ -28,12 +30,12 @@ def read_row(split: Split, row: int) -> bytes:
             facts = os.fstat(stream.fileno())
             data = stream.read()
     except OSError as err:
-        raise DataError(f"cannot read {file}, which the scan found: {err.strerror}: scan again") from None
+        raise DataError(f"cannot read {file}, which the scan found: {err.strerror}: {_REMEDY}") from None
     expected = int(split.byte_counts[row])
     if len(data) != expected:
-        raise DataError(f"expected {expected} bytes in {file}, as scanned; got {len(data)}: scan again")
+        raise DataError(f"expected {expected} bytes in {file}, as scanned; got {len(data)}: {_REMEDY}")
     if facts.st_mtime_ns != split.mtimes[row] and hashlib.sha256(data).hexdigest() != split.sha256[row]:
-        raise DataError(f"expected the picture that was scanned in {file}; got other bytes: scan again")
+        raise DataError(f"expected the picture that was scanned in {file}; got other bytes: {_REMEDY}")
     return data
 
 
@@ -47,11 +49,11 @@ def decode_row(split: Split, row: int, data: bytes) -> Image.Image:
     try:
         image = decode_rgb(data)
     except ImageProblem as problem:
-        raise DataError(f"cannot decode {file}, which the scan could ({problem}): scan again") from None
+        raise DataError(f"cannot decode {file}, which the scan could ({problem}): {_REMEDY}") from None
     width, height = split.sizes[row]
     if image.size != (width, height):
         raise DataError(
             f"expected {width} x {height} pixels in {file}, as scanned; got {image.width} x {image.height}: "
-            "scan again"
+            f"{_REMEDY}"
         )
     return image

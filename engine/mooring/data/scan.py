@@ -122,7 +122,7 @@ def scan(
     manifest = _assemble(source, found, kept, quarantine, val_fraction, seed)
     if out is not None:
         _remove_unused(found, manifest)
-        manifest.save(out, quarantine)
+        manifest.save(out)
     return ScanReport(manifest, tuple(quarantine), out)
 
 
@@ -257,7 +257,7 @@ def _assemble(
     order = sorted(range(len(kept)), key=lambda row: SPLITS.index(splits[row]))
     table = _table([kept[row] for row in order], [splits[row] for row in order], classes)
     described = {"kind": found.kind, "path": str(source.resolve())}
-    return Manifest(found.root, classes, table, described, tuple(notes), made)
+    return Manifest(found.root, classes, table, described, tuple(notes), made, tuple(quarantine))
 
 
 def _classes(source: Path, kept: list[_Seen], found: Discovered) -> tuple[tuple[str, ...], list[str]]:

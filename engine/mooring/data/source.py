@@ -210,6 +210,12 @@ class EpochSource(ABC):
             "views": self.views,
         }
 
+    def rewind(self) -> None:
+        """Back to the first batch of the current epoch: for a pass that must be whole, whatever came before."""
+        self._stop()
+        self._readers += 1
+        self._position = 0
+
     def close(self) -> None:
         """Ends threads and processes; the source can be used again and goes on where it stood."""
         self._stop()

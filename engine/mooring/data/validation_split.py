@@ -23,10 +23,9 @@ def validation_rows(labels: Sequence[str], digests: Sequence[str], fraction: flo
         seed: another seed makes another split.
 
     Raises:
-        DataError: the fraction is out of range, or no class has two images.
+        DataError: the fraction or the seed is out of range, or no class has two images.
     """
-    if not 0 < fraction < 1:
-        raise DataError(f"val_fraction must lie between 0 and 1; got {fraction}")
+    check_settings(fraction, seed)
     by_class: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for row, (label, digest) in enumerate(zip(labels, digests, strict=True)):
         by_class[label][digest].append(row)
@@ -47,6 +46,18 @@ def validation_rows(labels: Sequence[str], digests: Sequence[str], fraction: flo
             "Add images, or give a val folder (or split column)"
         )
     return chosen
+
+
+def check_settings(fraction: float, seed: int) -> None:
+    """Refuses what no validation split can be made with.
+
+    Raises:
+        DataError: the fraction is not in (0, 1), or the seed is no whole number from 0 on.
+    """
+    if not isinstance(fraction, int | float) or not 0 < fraction < 1:
+        raise DataError(f"val_fraction must lie between 0 and 1; got {fraction!r}")
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise DataError(f"expected a seed that is a whole number from 0 on; got {seed!r}")
 
 
 def _rank(seed: int, digest: str) -> bytes:

@@ -7,6 +7,7 @@ now. The regulariser touches the head alone: the encoder is never tied to its ol
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -61,6 +62,7 @@ class DRTune(Method):
         self._frozen = (frozen_copy(encoder),)
         self._bank = self._empty_bank(head.weight.device)
         self.rotation = None
+        self._digest: str | None = None
 
     @property
     def bank(self) -> FeatureBank:
@@ -96,6 +98,7 @@ class DRTune(Method):
         The tuned bank then equals the frozen one, and the identity is the exact rotation.
         """
         rows = self.settings.bank_size
+        self._bank = self._empty_bank(self.head.weight.device)  # an earlier set-up may have been broken off
         if rows == 0:
             return
         for batch in context.warm_up():
@@ -116,15 +119,20 @@ class DRTune(Method):
     def _rotates(self, at: At) -> bool:
         """Whether the bank is rotated in this step: a matter of the global step alone."""
         mode = self.settings.rotation
-        return mode != "off" and (mode != "skip" or at.step % self.settings.rotation_period == 0)
+        return mode != "off" and (mode != "skip" or self._phase(at) == 0)
+
+    def _phase(self, at: At) -> int:
+        """Steps since the last refresh was due; the public code counts from the start of each epoch."""
+        if self.settings.rotation == "every_step":
+            return 0
+        step = at.step % at.steps_per_epoch if self.settings.rotation == "skip" else at.step
+        return step % self.settings.rotation_period
 
     @torch.no_grad()
     def before_step(self, at: At) -> None:
-        mode = self.settings.rotation
-        if mode == "off" or len(self.bank) == 0:
+        if self.settings.rotation == "off" or len(self.bank) == 0:
             return
-        period = 1 if mode == "every_step" else self.settings.rotation_period
-        if at.step % period == 0 or self.rotation is None:
+        if self._phase(at) == 0 or self.rotation is None:
             bank = self.bank.view()
             self.rotation = procrustes_rotation(
                 bank["frozen"],
@@ -137,6 +145,12 @@ class DRTune(Method):
             )
 
     def forward(self, batch: Batch, at: At) -> StepOutput:
+        classes = self.head.out_features
+        # on the device, without waiting for it: what enters the bank must be a class or padding
+        torch._assert_async(
+            ((batch.labels >= -1) & (batch.labels < classes)).all(),
+            f"labels must be -1 (padding) or 0..{classes - 1}",
+        )
         features = self.encoder(batch.images)
         frozen = self._frozen_features(batch.images) if self.settings.bank_size else None
         with torch.autocast(features.device.type, enabled=False):
@@ -200,12 +214,27 @@ class DRTune(Method):
         return super().head_lr_multiplier(batch_size, optimizer)
 
     def extra_state(self) -> StateTree:
-        state: dict[str, Any] = {"bank": self.bank.state_dict()}
+        state: dict[str, Any] = {"bank": self.bank.state_dict(), "frozen_encoder": self._frozen_digest()}
         if self.rotation is not None:
             state["rotation"] = self.rotation.clone()
         return state
 
+    def _frozen_digest(self) -> str:
+        """sha256 over the frozen encoder's weights, computed once: it never changes."""
+        if self._digest is None:
+            total = hashlib.sha256()
+            for name, tensor in self.frozen_encoder.state_dict().items():
+                total.update(name.encode())
+                total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            self._digest = total.hexdigest()
+        return self._digest
+
     def load_extra_state(self, state: StateTree) -> None:
+        if state["frozen_encoder"] != self._frozen_digest():
+            raise ValueError(
+                "the pretrained weights differ from those the run was started with: the saved bank holds features "
+                "of another encoder; restore the weights file, or start a new run"
+            )
         self.bank.load_state_dict(state["bank"])
         rotation = state.get("rotation")
         self.rotation = None if rotation is None else rotation.to(self.head.weight.device)

@@ -45,6 +45,13 @@ class WeightEMA:
         self._copy_buffers(module)
         self.updates += 1
 
+    @torch.no_grad()
+    def copy_from(self, module: nn.Module) -> None:
+        """Makes the average equal to ``module``'s weights."""
+        for name, parameter in module.named_parameters():
+            self.parameters[name].copy_(parameter)
+        self._copy_buffers(module)
+
     @contextmanager
     def applied_to(self, module: nn.Module) -> Iterator[None]:
         """Inside, ``module`` has the averaged weights; afterwards its own again, bit for bit."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -46,6 +46,21 @@ METRICS: Mapping[str, Metric] = {
 def metric(name: str) -> Metric:
     """The metric of that name; an unknown one is a plain number under its own name."""
     return METRICS.get(name, Metric(name.replace("_", " ")))
+
+
+def shown_metrics(names: Sequence[str], classes: int | None) -> list[str]:
+    """``names`` without those that say nothing: top-5 of five classes or fewer is 100 % for any model.
+
+    Args:
+        names: metrics.
+        classes: C; None where unknown.
+    """
+    return [name for name in names if name != "top5" or classes is None or classes > 5]
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """``1 file``, ``2 files``."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
 def duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from mooring.errors import RunFolderError
 from mooring.report.records import from_json_number, json_line
 
 if TYPE_CHECKING:
@@ -97,10 +98,13 @@ def read_metrics(path: Path) -> list[Record]:
     A last line cut off by a crash is left out, and so are lines of steps that a resumed run did again.
 
     Raises:
-        ValueError: a line before the last is not a record.
+        RunFolderError: a line before the last is not a record, or the file cannot be read.
     """
     file = path / FILE_NAME if path.is_dir() else path
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as err:
+        raise RunFolderError(f"{file}: expected the log of a run, got {err.strerror or err}") from None
     records: list[Record] = []
     for number, line in enumerate(lines, start=1):
         if not line:
@@ -108,12 +112,13 @@ def read_metrics(path: Path) -> list[Record]:
         try:
             entry = json.loads(line)
             values = {name: from_json_number(value) for name, value in entry["values"].items()}
-            record = Record(entry["kind"], entry["step"], entry["epoch"], values)
+            record = Record(entry["kind"], int(entry["step"]), int(entry["epoch"]), values)
         except (ValueError, KeyError, TypeError, AttributeError) as err:
             if number == len(lines):  # no line end after it: the write was cut off
                 break
-            raise ValueError(
-                f"{file}, line {number}: expected one metrics record, got {line[:80]!r}"
+            raise RunFolderError(
+                f"{file}, line {number}: expected one metrics record, got {line[:80]!r}: the log is damaged; "
+                "delete that line to read the rest"
             ) from err
         if record.kind == "note" and _RESUMED in values:
             records = [earlier for earlier in records if earlier.step <= values[_RESUMED]]

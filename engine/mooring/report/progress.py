@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
-from mooring.report.metrics import duration, metric
+from mooring.report.metrics import counted, duration, metric, shown_metrics
 
 Mode = Literal["auto", "bar", "plain", "quiet"]
 _EVALUATION_ORDER = ("top1", "top5", "mean_per_class", "ece", "nll")
@@ -85,14 +85,15 @@ class _Shown(Progress):
         self._plan, self._epochs = plan, epochs
         self._first_step, self._started = None, self._clock()
         self.line(
-            f"{plan.method} on {plan.model}: {plan.train_images} training images, {plan.classes} classes, "
-            f"{plan.total_steps} steps in {epochs} epochs, {plan.device}"
+            f"{plan.method} on {plan.model}: {counted(plan.train_images, 'training image')}, "
+            f"{counted(plan.classes, 'class', 'classes')}, {counted(plan.total_steps, 'step')} in "
+            f"{counted(epochs, 'epoch')}, {plan.device}"
         )
 
     def evaluated(self, kind: str, epoch: int, values: Mapping[str, float]) -> None:
         shown = [
             f"{metric(name).label} {metric(name).show(values[name])}"
-            for name in _EVALUATION_ORDER
+            for name in shown_metrics(_EVALUATION_ORDER, self._plan.classes if self._plan else None)
             if name in values
         ]
         where = "test, best epoch" if kind == "test" else kind

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from mooring.report.metrics import counted
+
 if TYPE_CHECKING:
+    from mooring.data.quarantine import Quarantined
     from mooring.data.scan import ScanReport
 
 _CLASSES_SHOWN = 60
@@ -28,13 +32,20 @@ def scan_summary(report: ScanReport) -> list[RenderableType]:
     return parts
 
 
+def left_out(quarantine: Sequence[Quarantined]) -> str:
+    """One line: ``3 files left out: 2 not an image, 1 duplicate``."""
+    reasons = Counter(row.reason.value for row in quarantine)
+    each = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    return f"{counted(len(quarantine), 'file')} left out: {each}"
+
+
 def _classes(report: ScanReport) -> Table:
     manifest = report.manifest
     splits = list(manifest.counts)
     counts = Counter(
         zip(manifest.table["label"].to_pylist(), manifest.table["split"].to_pylist(), strict=True)
     )
-    title = f"{len(manifest)} images, {len(manifest.classes)} classes"
+    title = f"{counted(len(manifest), 'image')}, {counted(len(manifest.classes), 'class', 'classes')}"
     table = Table("class", title=title, title_justify="left", header_style="bold", show_footer=True)
     table.columns[0].footer = "all"
     for split in splits:
@@ -47,8 +58,7 @@ def _classes(report: ScanReport) -> Table:
 
 
 def _left_out(report: ScanReport) -> Table:
-    reasons = ", ".join(f"{count} {reason}" for reason, count in report.reasons.items())
-    title = f"{len(report.quarantine)} files left out: {reasons}"
+    title = left_out(report.quarantine)
     table = Table(title=escape(title), title_justify="left", header_style="bold")
     for column in ("file", "reason", "what was seen"):
         table.add_column(column, overflow="fold")

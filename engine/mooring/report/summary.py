@@ -13,7 +13,8 @@ from rich.table import Table
 
 from mooring.config.keys import all_keys
 from mooring.config.load import load_config, shipped_recipes
-from mooring.report.metrics import duration
+from mooring.errors import RunFolderError
+from mooring.report.metrics import counted, duration, shown_metrics
 from mooring.report.metrics_log import FILE_NAME, read_metrics
 from mooring.report.records import from_json_number
 from mooring.report.run_folder import existing_run
@@ -69,21 +70,43 @@ def run_summary(run: Path) -> list[RenderableType]:
         done = read_metrics(run) if (run / FILE_NAME).is_file() else []
         steps = done[-1].step if done else 0
         shown.append(
-            f"\nNot finished: {steps} steps are logged. "
+            f"\nNot finished: {counted(steps, 'step')} logged. "
             f"Continue with  mooring train --resume {escape(str(run))}"
         )
         return shown
     result = folder.read_json("result.json")
-    rows = [Row(split, _numbers(result[split])) for split in ("val", "test") if result.get(split)]
-    if rows:
-        shown += ["", results_table(rows, ["top1", "top5", "mean_per_class", "ece", "nll"], first="split")]
-    end = "Interrupted" if result["interrupted"] else "Finished"
-    best = "" if result["best_epoch"] is None else f", best epoch {result['best_epoch'] + 1}"
-    speed = f"{from_json_number(result['images_per_second']):.0f} images/s"
-    shown.append(f"{end} after {duration(from_json_number(result['seconds']))}{best}, {speed}")
+    try:
+        shown += _result(result, _class_count(run))
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
+        raise RunFolderError(
+            f"{run / 'result.json'}: expected the result of a run, got other content "
+            f"({type(err).__name__}: {err}): continue the run with  mooring train --resume {run}"
+        ) from None
     files = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in run.iterdir())
     shown.append("Files: " + escape(", ".join(name for name in files if not name.startswith("."))))
     return shown
+
+
+def _result(result: Mapping[str, Any], classes: int | None) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    rows = [Row(split, _numbers(result[split])) for split in ("val", "test") if result.get(split)]
+    if rows:
+        columns = shown_metrics(["top1", "top5", "mean_per_class", "ece", "nll"], classes)
+        parts += ["", results_table(rows, columns, first="split")]
+    end = "Interrupted" if result["interrupted"] else "Finished"
+    best = "" if result["best_epoch"] is None else f", best epoch {result['best_epoch'] + 1}"
+    speed = f"{from_json_number(result['images_per_second']):.0f} images/s"
+    parts.append(f"{end} after {duration(from_json_number(result['seconds']))}{best}, {speed}")
+    return parts
+
+
+def _class_count(run: Path) -> int | None:
+    """C as the run's manifest tells it; None where that cannot be read."""
+    try:
+        head = json.loads((run / "manifest" / "manifest.json").read_text(encoding="utf-8"))
+        return len(head["classes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def settings_tables() -> list[RenderableType]:
@@ -99,7 +122,7 @@ def settings_tables() -> list[RenderableType]:
             "must be given" if key.required else "none" if key.default is None else json.dumps(key.default)
         )
         meaning = key.description + (f" [{', '.join(key.methods)}]" if key.methods else "")
-        sections[section].add_row(key.name, key.expected, default, escape(meaning))
+        sections[section].add_row(key.name, escape(key.expected), escape(default), escape(meaning))
     return list(sections.values())
 
 

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rich.markup import escape
 from rich.table import Table
 
 from mooring.report.metrics import Metric, metric
@@ -27,16 +28,18 @@ class Row:
 def results_table(
     rows: Sequence[Row], columns: Sequence[str], *, title: str | None = None, first: str = "method"
 ) -> Table:
-    """A table for the terminal; the best value of each column is bold."""
-    table = Table(title=title, title_justify="left", header_style="bold")
-    table.add_column(first, no_wrap=True)
+    """A table for the terminal; the best value of each column is bold. Names and title are plain text."""
+    table = Table(
+        title=escape(title) if title is not None else None, title_justify="left", header_style="bold"
+    )
+    table.add_column(escape(first), no_wrap=True)
     for column in columns:
-        table.add_column(metric(column).label, justify="right")
+        table.add_column(escape(metric(column).label), justify="right")
     best = {column: _best(rows, column) for column in columns}
     for row in rows:
         cells = [_cell(row, column) for column in columns]
         marked = [f"[bold]{c}[/]" if row in best[n] else c for n, c in zip(columns, cells, strict=True)]
-        table.add_row(row.name, *marked)
+        table.add_row(escape(row.name), *marked)
     return table
 
 

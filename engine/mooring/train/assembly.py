@@ -111,11 +111,12 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
         MooringError: settings, data or weights cannot be used; says what to do.
     """
     _check_mixing(config)
-    train = config.train
-    device = choose_device(train.device)
-    precision = choose_precision(train.precision, device)
+    device = choose_device(config.train.device)
+    precision = choose_precision(config.train.precision, device)
     backend = LocalBackend(device, precision)
     manifest = open_data(config, scan_progress)
+    config = _fitting_batch(config, manifest.counts["train"])
+    train = config.train
     encoder = _encoder(config).to(device)
     head = build_head(
         encoder.feature_dim, len(manifest.classes), std=getattr(config.method, "head_init_std", 0.01)
@@ -239,6 +240,14 @@ def _to_channels_last(encoder: torch.nn.Module) -> None:
 def _eval_batch(config: RunConfig, images: int) -> int:
     """Evaluation keeps no graph, so twice the training batch fits; a small split needs no padding beyond itself."""
     return min(2 * config.train.batch_size, images)
+
+
+def _fitting_batch(config: RunConfig, images: int) -> RunConfig:
+    """The default batch on a data set that is smaller than it; a batch size that the user set is never changed."""
+    train = config.train
+    if "batch_size" in train.model_fields_set or images >= train.batch_size:
+        return config
+    return config.model_copy(update={"train": train.model_copy(update={"batch_size": images})})
 
 
 def _check_mixing(config: RunConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ def engine_state(engine: Engine) -> dict[str, Any]:
     return {
         "step": engine.global_step,
         "epochs_validated": engine.epochs_validated,
+        "clock": list(engine.clock),
         "method": dict(engine.method.state_dict()),
         "extra": engine.method.extra_state(),
         "optimizer": _optimizer_state(engine.optimizer),
@@ -35,6 +37,7 @@ def engine_state(engine: Engine) -> dict[str, Any]:
         "rng": capture_rng(),
         "manifest": engine.parts.manifest.digest,
         "config": _comparable(engine),
+        "environment": _environment(),
     }
 
 
@@ -58,8 +61,17 @@ def restore_engine(engine: Engine, state: dict[str, Any]) -> None:
             f"the saved run was trained on another list of images (manifest {state['manifest'][:12]}, "
             f"now {engine.parts.manifest.digest[:12]}): restore the data or start a new run"
         )
+    # Versions and threads change rounding, not the computation: the run goes on, and says so.
+    engine.resume_notes = [
+        f"continued with {name} {now}, started with {state['environment'].get(name)}: not bit for bit the same run"
+        for name, now in _environment().items()
+        if state["environment"].get(name) != now
+    ]
+    try:
+        engine.method.load_extra_state(state["extra"])  # first: it may refuse, and nothing is overwritten yet
+    except ValueError as err:
+        raise RunFolderError(f"the saved run cannot be continued: {err}") from None
     engine.method.load_state_dict(state["method"])
-    engine.method.load_extra_state(state["extra"])
     _load_optimizer_state(engine.optimizer, state["optimizer"])
     if engine.ema is not None:
         engine.ema.load_state_dict(state["ema"])
@@ -68,6 +80,8 @@ def restore_engine(engine: Engine, state: dict[str, Any]) -> None:
     engine.best.load_state_dict(state["best"])
     engine.global_step = int(state["step"])
     engine.epochs_validated = int(state["epochs_validated"])
+    seconds, training, images = state["clock"]
+    engine.clock = (float(seconds), float(training), int(images))
     restore_rng(state["rng"])
 
 
@@ -117,18 +131,38 @@ def _comparable(engine: Engine) -> dict[str, str]:
 
     walk("", {k: v for k, v in engine.config.model_dump(mode="json").items() if k not in _FREE})
     flat.pop("data.workers", None)  # decoding order does not depend on it
+    # what `auto` became on this machine
+    parts = engine.parts
+    flat |= {
+        "train.device": str(parts.backend.device),
+        "train.precision": parts.precision,
+        "optimizer.implementation": type(parts.optimizer).__qualname__,
+        "data.source": parts.train_source.kind,
+    }
     return flat
+
+
+def _environment() -> dict[str, str]:
+    versions = {name: version(name) for name in ("torch", "timm", "numpy")}
+    return {**versions, "CPU threads": str(torch.get_num_threads())}
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Per-parameter state in the order of the groups (JSON keys are strings, so a list, not a dict of ints)."""
     saved = optimizer.state_dict()
     count = sum(len(g["params"]) for g in saved["param_groups"])
-    return {"state": [saved["state"].get(i) for i in range(count)]}
+    # Apex counts its steps in the groups
+    groups = [
+        {k: v for k, v in g.items() if k not in ("params", "lr") and isinstance(v, int | float)}
+        for g in saved["param_groups"]
+    ]
+    return {"state": [saved["state"].get(i) for i in range(count)], "groups": groups}
 
 
 def _load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     fresh = optimizer.state_dict()
+    for group, saved in zip(fresh["param_groups"], state["groups"], strict=True):
+        group.update(saved)
     # a copy: torch keeps references, and two optimizers would write into one momentum buffer
     fresh["state"] = copy.deepcopy({i: s for i, s in enumerate(state["state"]) if s is not None})
     optimizer.load_state_dict(fresh)

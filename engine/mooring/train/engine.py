@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from mooring.config.schema import RunConfig
 from mooring.data.batch import Batch
+from mooring.data.source import EpochSource
 from mooring.methods.base import At, SetupContext, StepOutput
 from mooring.report.run_folder import check_run_folder
 from mooring.train import checkpoint
@@ -39,8 +40,8 @@ class Engine:
         epochs_validated: epochs that ``fit`` has validated.
     """
 
-    def __init__(self, config: RunConfig, parts: Parts) -> None:
-        self.config = config
+    def __init__(self, parts: Parts) -> None:
+        self.config = parts.config  # with what the data decided
         self.parts = parts
         self.method = parts.method
         self.backend = parts.backend
@@ -52,7 +53,10 @@ class Engine:
         self.test_source = parts.test_source
         self.global_step = 0
         self.epochs_validated = 0
+        self.resume_notes: list[str] = []
+        self.clock = (0.0, 0.0, 0)  # of `fit`: seconds, seconds in training steps, images trained on
         self.best = BestEpoch()
+        config = self.config
         self.mixer = Mixer(config.train.mixup, config.train.cutmix, parts.num_classes, config.seed)
         self._ready = False
 
@@ -72,7 +76,7 @@ class Engine:
         seed_everything(config.seed)
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)
-        return cls(config, assemble(config, scan_progress=scan_progress))
+        return cls(assemble(config, scan_progress=scan_progress))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -92,7 +96,6 @@ class Engine:
         """Runs the method's set-up once (bank warm-up, feature statistics); ``step`` and ``fit`` call it."""
         if self._ready:
             return
-        self._ready = True
         self.method.train()
         self.method.setup(
             SetupContext(
@@ -106,6 +109,7 @@ class Engine:
                 seed=self.config.seed,
             )
         )
+        self._ready = True  # only now: a set-up that was broken off has to be done again
 
     def _warm_up_batches(self) -> Iterator[Batch]:
         source = self.parts.warm_up_source()
@@ -171,20 +175,25 @@ class Engine:
 
     # ---------------------------------------------------------------- evaluation
 
-    def evaluate(self, source: Iterable[Batch], *, averaged: bool = True) -> EvalResult:
+    def evaluate(
+        self, source: EpochSource, *, averaged: bool = True, check: Callable[[], None] | None = None
+    ) -> EvalResult:
         """Top-1, top-5, mean per class, calibration error and loss on ``source``.
 
         Args:
-            source: one pass of it is evaluated.
+            source: one whole pass of it is evaluated, from its first batch.
             averaged: use the weight EMA where the run keeps one.
+            check: called before each batch; may raise to stop the evaluation.
         """
+        source.rewind()
+        batches = source if check is None else _checked(source, check)
         was_training = self.method.training
         self.method.eval()
         try:
             if self.ema is None or not averaged:
-                return self._evaluate(source)
+                return self._evaluate(batches)
             with self.ema.applied_to(self.method):
-                return self._evaluate(source)
+                return self._evaluate(batches)
         finally:
             self.method.train(was_training)
 
@@ -244,11 +253,23 @@ class Engine:
 
         return fit(self)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Stops the data sources' background work."""
+        """Stops the data sources' background work; ``fit`` does it by itself, as does a ``with`` block."""
         for source in (self.train_source, self.val_source, self.test_source):
             if source is not None:
                 source.close()
+
+
+def _checked(batches: Iterable[Batch], check: Callable[[], None]) -> Iterator[Batch]:
+    for batch in batches:
+        check()
+        yield batch
 
 
 def _sum_metrics(outputs: Iterable[StepOutput]) -> dict[str, Tensor]:

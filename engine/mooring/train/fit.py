@@ -6,7 +6,7 @@ import errno
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -49,12 +49,13 @@ class Fit:
         )
         self.progress = make_progress(report.progress)
         self.interrupt = Interrupt(lambda: self.progress.note("interrupted: finishing this step"))
-        self.seconds_training = 0.0
-        self.images = 0
+        # over all parts of an interrupted run
+        self.seconds, self.seconds_training, self.images = engine.clock
         self.last_val: EvalResult | None = None
 
     def run(self) -> RunResult:
-        engine, started = self.engine, time.perf_counter()
+        engine = self.engine
+        self.started = time.perf_counter()
         interrupted = False
         val: EvalResult | None
         try:
@@ -72,14 +73,20 @@ class Fit:
                 val=val,
                 test=test,
                 images_per_second=self.images / self.seconds_training if self.seconds_training else 0.0,
-                seconds=time.perf_counter() - started,
+                seconds=self._elapsed(),
                 interrupted=interrupted,
             )
             self._record(result)
             return result
         finally:
             self.log.close()
-            engine.close()
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self.started
+
+    def _save(self) -> None:
+        self.engine.clock = (self._elapsed(), self.seconds_training, self.images)
+        self.engine.save(self.folder.path / "state")
 
     # ---------------------------------------------------------------- epochs
 
@@ -97,12 +104,12 @@ class Fit:
 
     def _validate(self, epoch: int) -> None:
         engine = self.engine
-        val = engine.evaluate(self.interrupt.watched(engine.val_source))
+        val = engine.evaluate(engine.val_source, check=self.interrupt.check)
         self._log_eval("val", epoch, val)
         if engine.best.offer(epoch, val):
             self._keep_best(val)
         engine.epochs_validated = epoch + 1
-        engine.save(self.folder.path / "state")
+        self._save()
 
     def _train_epoch(self, epoch: int) -> None:
         engine, running, since = self.engine, RunningMetrics(), time.perf_counter()
@@ -127,10 +134,15 @@ class Fit:
                 raise MooringError(
                     f"the training loss became {means['loss']} near step {engine.global_step}: lower optimizer.lr "
                     f"(now {result.lr:.2g}) or set train.clip_grad_norm=1; "
-                    f"the best epoch so far is kept in {self.folder.path}"
+                    f"{self._kept()}"
                 )
             self.progress.advance(engine.global_step, means)
             self.interrupt.check()
+
+    def _kept(self) -> str:
+        if self.engine.best.epoch is None:
+            return "no epoch was finished, so nothing is kept"
+        return f"epoch {self.engine.best.epoch + 1}, the best so far, is kept in {self.folder.path}"
 
     def _log_eval(self, kind: Literal["val", "test"], epoch: int, result: EvalResult) -> None:
         values = result.scalars()
@@ -148,7 +160,7 @@ class Fit:
             best = {
                 "epoch": engine.best.epoch,
                 "method": dict(engine.method.state_dict()),
-                "val": {"scalars": val.scalars(), "n": val.n, "confusion": val.confusion},
+                "val": _as_tree(val),
             }
             save_tree(self.folder.path / "best", best, replace=True)
 
@@ -168,7 +180,7 @@ class Fit:
     def _keep_interrupted(self) -> EvalResult | None:
         """State at the last finished step; a model even if no epoch was validated yet. The best epoch's result."""
         engine = self.engine
-        engine.save(self.folder.path / "state")
+        self._save()
         if engine.best.epoch is None:
             self._export()
             return None
@@ -177,8 +189,7 @@ class Fit:
     def _best_epoch(self) -> tuple[EvalResult, dict[str, Tensor]]:
         """Validation result and weights of the best epoch."""
         best = load_tree(self.folder.path / "best")
-        val = EvalResult(**best["val"]["scalars"], n=best["val"]["n"], confusion=best["val"]["confusion"])
-        return val, best["method"]
+        return _from_tree(best["val"]), best["method"]
 
     def _finish(self) -> tuple[EvalResult, EvalResult | None]:
         """Validation result of the best epoch, and its single test."""
@@ -186,11 +197,16 @@ class Fit:
         assert engine.best.epoch is not None  # every finished run has validated
         val, weights = self._best_epoch()
         engine.method.load_state_dict(weights)
+        if engine.ema is not None:
+            engine.ema.copy_from(engine.method)  # the best weights are averaged already
         if engine.test_source is None:
             return val, None
-        # the best weights are averaged already
-        test = engine.evaluate(self.interrupt.watched(engine.test_source), averaged=False)
+        tested = self.folder.path / "test"
+        if tested.is_dir():  # a finished run that is resumed: the test split is looked at once
+            return val, _from_tree(load_tree(tested))
+        test = engine.evaluate(engine.test_source, check=self.interrupt.check)
         self._log_eval("test", engine.best.epoch, test)
+        save_tree(tested, _as_tree(test))
         return val, test
 
     def _record(self, result: RunResult) -> None:
@@ -215,15 +231,34 @@ class Fit:
             draw_run(self.folder.path, None if shown is None else shown.confusion, classes)
 
 
+def _as_tree(result: EvalResult) -> dict[str, Any]:
+    return {"scalars": result.scalars(), "n": result.n, "confusion": result.confusion}
+
+
+def _from_tree(tree: dict[str, Any]) -> EvalResult:
+    return EvalResult(**tree["scalars"], n=tree["n"], confusion=tree["confusion"])
+
+
 def _checkpoint_bytes(engine: Engine) -> int:
     """Room for everything a run writes beside its logs, while old and new stand side by side for a moment."""
-    weights = sum(t.numel() * t.element_size() for t in engine.method.state_dict().values())
+    weights = _tensor_bytes(dict(engine.method.state_dict()))
     # state: weights, two optimizer moments and perhaps an average; the best epoch; the export; all of it twice
-    return 2 * 6 * weights
+    return 2 * (6 * weights + _tensor_bytes(engine.method.extra_state()))
+
+
+def _tensor_bytes(tree: Any) -> int:
+    if isinstance(tree, dict):
+        return sum(_tensor_bytes(branch) for branch in tree.values())
+    return tree.numel() * tree.element_size() if isinstance(tree, Tensor) else 0
 
 
 def fit(engine: Engine) -> RunResult:
     """See ``Engine.fit``."""
+    with engine:
+        return _fit(engine)
+
+
+def _fit(engine: Engine) -> RunResult:
     config = engine.config
     state = resumable_state(config)
     out = state.parent if state is not None else config.out or Path("runs") / default_run_name(config)
@@ -233,12 +268,16 @@ def fit(engine: Engine) -> RunResult:
         )
         if state is not None:
             engine.resume(state)  # first: a refused resume must leave the folder as it was
-        folder.write_text("config.toml", to_toml(config))
+        # without resume=: the file describes the run, and repeats it elsewhere
+        folder.write_text("config.toml", to_toml(config.model_copy(update={"resume": None})))
         write_environment(folder)
         engine.parts.manifest.save(folder.path / "manifest")
-        return Fit(engine, folder, resumed=state is not None).run()
-    except (OSError, SafetensorError) as err:
-        if _disk_is_full(err):
+        run = Fit(engine, folder, resumed=state is not None)
+        for note in engine.resume_notes:
+            run.progress.note(note)
+        return run.run()
+    except (OSError, SafetensorError, RunFolderError) as err:
+        if _disk_is_full(err) or (err.__cause__ is not None and _disk_is_full(err.__cause__)):
             raise RunFolderError(
                 f"the disk is full: {out} could not be written ({err}). Free some space and continue with "
                 f"resume={out}; what was finished is kept"
@@ -246,7 +285,7 @@ def fit(engine: Engine) -> RunResult:
         raise
 
 
-def _disk_is_full(err: Exception) -> bool:
+def _disk_is_full(err: BaseException) -> bool:
     if isinstance(err, OSError):
         return err.errno in (errno.ENOSPC, errno.EDQUOT)
     # safetensors gives the system's error as text only

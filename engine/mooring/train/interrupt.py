@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any, Self, TypeVar
-
-T = TypeVar("T")
+from typing import Any, Self
 
 
 class Stopped(Exception):
@@ -56,9 +54,3 @@ class Interrupt:
         """
         if self._requested:
             raise Stopped
-
-    def watched(self, items: Iterable[T]) -> Iterator[T]:
-        """``items``, with a safe point before each: for work that changes no state."""
-        for item in items:
-            self.check()
-            yield item
