@@ -217,12 +217,6 @@ def scan(
         console.print(part)
 
 
-def _shipped_recipes() -> str:
-    from mooring.config.recipes_listing import names
-
-    return ", ".join(names())
-
-
 @app.command(cls=_TrainCommand)
 def train(
     arguments: Annotated[
@@ -309,7 +303,7 @@ def evaluate(
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", readable=False, help="A run folder.")],
     images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE_OR_FOLDER...", readable=False, help="What to classify.")
+        list[Path], typer.Argument(metavar="IMAGE_OR_FOLDER", readable=False, help="What to classify.")
     ],
     top: Annotated[int, typer.Option(min=1, help="Classes to show per image.")] = 5,
     out: Annotated[
@@ -373,7 +367,7 @@ def predict(
 @app.command()
 def info(
     run: Annotated[
-        Path | None, typer.Argument(metavar="\\[RUN]", readable=False, help="A run folder to summarise.")
+        Path | None, typer.Argument(metavar="RUN", readable=False, help="A run folder to summarise.")
     ] = None,
     keys: Annotated[bool, typer.Option("--keys", help="List every setting instead.")] = False,
 ) -> None:

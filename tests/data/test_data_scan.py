@@ -148,10 +148,10 @@ def test_links_may_not_leave_the_root(tmp_path: Path) -> None:
 
 
 def test_a_pipe_and_a_name_that_is_no_text_do_not_stop_the_scan(tmp_path: Path) -> None:
-    two_classes(tmp_path)
-    os.mkfifo(tmp_path / "a" / "pipe.jpg")
-    Path(os.fsdecode(bytes(tmp_path / "a") + b"/\xff\xfe.jpg")).write_bytes(encoded(picture(5)))
-    report = scan(tmp_path, out=tmp_path / "out")
+    root = two_classes(tmp_path / "root")
+    os.mkfifo(root / "a" / "pipe.jpg")
+    Path(os.fsdecode(bytes(root / "a") + b"/\xff\xfe.jpg")).write_bytes(encoded(picture(5)))
+    report = scan(root, out=tmp_path / "out")
     assert sorted(reasons(report).values()) == [Reason.BAD_NAME, Reason.UNREADABLE]
     assert sorted(row.reason for row in load_quarantine(tmp_path / "out")) == [
         Reason.BAD_NAME,

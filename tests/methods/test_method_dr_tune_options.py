@@ -62,6 +62,29 @@ def test_without_translation_the_rotated_bank_keeps_its_own_class_means() -> Non
     torch.testing.assert_close(loss.double(), want, rtol=2e-5, atol=2e-6)
 
 
+def test_the_papers_calibration_equals_its_equations() -> None:
+    """Raw rows, softmax over the class of W_c . d, v = R p + mu_d - R mu_p, no rescaling; loops in float64."""
+    method = moved(calibration="paper")
+    method.before_step(at(3))
+    batch = make_batch(8, 4, seed=44)
+    with torch.no_grad():
+        features = method.encoder(batch.images)
+        loss = method(batch, at(3)).loss
+    bank, weight = method.bank.view(), method.head.weight.detach().double()
+    p, d, y = bank["frozen"].double(), bank["tuned"].double(), bank.labels
+    assert (p.norm(dim=1) - 1).abs().min() > 0.1  # the rows are raw
+    rotated = p @ method.rotation.double().T
+    rows = []
+    for k in range(len(y)):
+        mates = (y == y[k]).nonzero().flatten()
+        share = torch.softmax(d[mates] @ weight[y[k]], 0)
+        rows.append(rotated[k] + share @ d[mates] - rotated[mates].mean(0))
+    logits = torch.cat([features.double(), torch.stack(rows)]) @ weight.T + method.head.bias.double()
+    torch.testing.assert_close(
+        loss.double(), F.cross_entropy(logits, torch.cat([batch.labels, y])), rtol=2e-5, atol=2e-6
+    )
+
+
 def test_label_smoothing_reaches_bank_rows() -> None:
     """With every batch row masked, what is left is the smoothed loss of the bank alone."""
     method = moved()

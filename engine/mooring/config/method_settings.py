@@ -54,6 +54,11 @@ class DRTuneSettings(Settings):
         "paper writes; skip: refresh and apply on every rotation_period-th step only, as the public code "
         "does; off: no rotation",
     )
+    calibration: Literal["code", "paper"] = Field(
+        default="code",
+        description="code: unit rows, cosine confidence, result scaled to the batch's mean feature norm; "
+        "paper: raw rows, logit confidence, no rescaling (eq. 8-12)",
+    )
     rotation_period: int = Field(default=10, ge=1, description="T, optimizer steps between refreshes")
     rotation_ridge: float = Field(default=1e-3, ge=0, description="rho; pulls the rotation to the identity")
     rotation_centred: bool = Field(

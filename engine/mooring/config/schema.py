@@ -37,6 +37,24 @@ class DataSettings(Settings):
         default=100_000_000, ge=1, description="larger images are quarantined by the scan, undecoded"
     )
 
+    image_column: str | None = Field(
+        default=None, min_length=1, description="column of a list with the path, or of Parquet with the image"
+    )
+    label_column: str | None = Field(
+        default=None, min_length=1, description="column of a list with the class"
+    )
+    split_column: str | None = Field(
+        default=None, min_length=1, description="column of a list with train, val or test"
+    )
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _a_path_is_given(cls, value: Any) -> Any:
+        # as a path, empty text would mean the working directory
+        if isinstance(value, str | Path) and not str(value).strip():
+            raise ValueError("expected a path; got empty text (an unset shell variable?)")
+        return value
+
     @field_validator("path")
     @classmethod
     def _home_is_expanded(cls, value: Path) -> Path:

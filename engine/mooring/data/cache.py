@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from mooring.data.columns import Columns
 from mooring.data.discover import Discovered
 from mooring.data.embedded import image_column as find_image_column
 from mooring.data.manifest import VERSION, Manifest
-from mooring.data.scan import MAX_PIXELS, Duplicates, Progress, discover, scan
+from mooring.data.scan import MAX_PIXELS, Duplicates, Progress, check_arguments, discover, scan, source_path
 from mooring.errors import DataError, RunFolderError
 
 
 def open_manifest(
-    path: Path,
+    path: Path | str,
     cache_dir: Path,
     *,
     val_fraction: float = 0.15,
@@ -30,6 +31,8 @@ def open_manifest(
     image_column: str | None = None,
     label_column: str | None = None,
     split_column: str | None = None,
+    for_evaluation: bool = False,
+    classes: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """The manifest of a data path.
@@ -38,12 +41,18 @@ def open_manifest(
     named by the path, the settings and the listing (names, sizes, times), so a second run over unchanged
     files decodes nothing. Safe to call from several processes at once.
 
+    Args: as ``scan``. A manifest folder keeps its splits; with ``for_evaluation`` its labels are mapped
+    onto ``classes``.
+
     Raises:
         DataError: as ``scan`` and ``Manifest.load``.
         RunFolderError: the cache cannot be written.
     """
+    check_arguments(val_fraction, seed, for_evaluation, classes)
+    path = source_path(path)
     if path.is_dir() and Manifest.is_manifest(path):
-        return Manifest.load(path)
+        manifest = Manifest.load(path)
+        return manifest if classes is None else manifest.with_classes(classes)
     settings: dict[str, Any] = {
         "val_fraction": val_fraction,
         "seed": seed,
@@ -52,6 +61,8 @@ def open_manifest(
         "image_column": image_column,
         "label_column": label_column,
         "split_column": split_column,
+        "for_evaluation": for_evaluation,
+        "classes": None if classes is None else list(classes),
     }
     folder = cache_dir / f"{path.resolve().name or 'data'}-{_key(path, settings)}"
     if Manifest.is_manifest(folder):
@@ -89,7 +100,7 @@ def _key(path: Path, settings: dict[str, Any]) -> str:
     if path.is_file():
         total.update(_stamp(path))
     if not embedded:
-        _add_listing(total, discover(path, columns, None))
+        _add_listing(total, discover(path, columns, None, needs_train=not settings["for_evaluation"]))
     return total.hexdigest()[:16]
 
 

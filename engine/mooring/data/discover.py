@@ -22,6 +22,8 @@ SPLIT_NAMES = {
     "testing": "test",
 }
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pnm")
+# what this project writes: a scan's folder, a run's folder
+_OWN_FOLDERS = (("manifest.json", "manifest.parquet"), ("config.toml", "metrics.jsonl"))
 # left behind by file managers and archivers in places where every file is taken for an image
 _LITTER = ("__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir")
 
@@ -45,24 +47,33 @@ class Candidate:
 
 @dataclass(slots=True)
 class Discovered:
-    """Everything a source names, in listing order."""
+    """Everything a source names, in listing order.
+
+    Attributes:
+        splits_given: the source says which image belongs to which split; else all stand in train.
+    """
 
     root: Path
     kind: str
     candidates: list[Candidate] = field(default_factory=list)
     quarantined: list[Quarantined] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    splits_given: bool = False
 
 
-def discover_folder(source: Path) -> Discovered:
+def discover_folder(source: Path, *, needs_train: bool = True) -> Discovered:
     """Lists ``class/image`` or ``train|val|test/class/image``.
 
     A folder is read by splits where one of its subfolders is named like the training split and holds
     folders, not images. Files deeper than ``class/image`` take the class of their first folder.
     Names are sorted by code point, so that the listing is the same on every file system.
 
+    Args:
+        source: the folder.
+        needs_train: whether split folders without a training split are refused.
+
     Raises:
-        DataError: neither layout is there.
+        DataError: neither layout is there, or a class folder cannot be listed.
     """
     root = source.resolve()
     found = Discovered(root, "image folder")
@@ -78,14 +89,17 @@ def discover_folder(source: Path) -> Discovered:
                 f"{name!r}: rename or move one of them"
             )
         by_split[split] = name
-    if "train" in by_split and any(is_dir for _, is_dir in _entries(root / by_split["train"])):
+    only_splits = bool(by_split) and len(by_split) == len(folders)
+    named = [by_split["train"]] if "train" in by_split else folders if only_splits and not needs_train else []
+    if any(is_dir for name in named for _, is_dir in _entries(root / name)):
+        found.splits_given = True
         others = [name for name in folders if name not in by_split.values()]
         if others:
             found.notes.append(f"folders beside the splits were not read: {_some(others)}")
         for split in SPLITS:
             if split in by_split:
                 _read_classes(found, by_split[split], split)
-    elif "train" not in by_split and by_split and len(by_split) == len(folders):
+    elif needs_train and "train" not in by_split and only_splits:
         raise DataError(
             f"expected a train folder beside {_some(list(by_split.values()))} in {source}; got none: "
             "name the folder with the training images 'train'"
@@ -98,7 +112,39 @@ def discover_folder(source: Path) -> Discovered:
                 f"{loose} files and no subfolder: put the images of each class into a folder of its own"
             )
         _read_classes(found, "", "train")
+    _check_depth(found, source, needs_train)
     return found
+
+
+def _check_depth(found: Discovered, source: Path, needs_train: bool) -> None:
+    """Refuses a folder too high up, where the folders above the classes would be taken for the classes."""
+    images = [item for item in found.candidates if item.path.lower().endswith(IMAGE_SUFFIXES)]
+    own_depth = 2 if found.splits_given else 1
+    deep = [item for item in images if item.path.count("/") > own_depth]
+    one_class = needs_train and len({item.label for item in images}) == 1
+    if not deep or not (one_class or 2 * len(deep) > len(images)):
+        return
+    places = {_place_of_classes(item.path) for item in deep}
+    if len(places) == 1 and not found.splits_given:
+        place, below = places.pop()
+        raise DataError(
+            f"expected {source}/<class>/<image>; the images lie at {source / place}/{below}: "
+            f"give data={source / place}"
+        )
+    raise DataError(
+        f"expected class/image; got {len(deep)} of {len(images)} images deeper, as {deep[0].path} in {source}, "
+        f"which would be of class {deep[0].label!r}: move each class's images into one folder, or give a list "
+        "(CSV with the columns path and label)"
+    )
+
+
+def _place_of_classes(image: str) -> tuple[str, str]:
+    """The folder that holds the class folders, or the split folders above those; and what lies in it."""
+    place = image.rsplit("/", 2)[0]
+    above, _, name = place.rpartition("/")
+    if above and name.lower() in SPLIT_NAMES:
+        return above, "<split>/<class>"
+    return place, "<class>"
 
 
 def _read_classes(found: Discovered, prefix: str, split: str) -> None:
@@ -147,7 +193,15 @@ def _walk(found: Discovered, relative: str, above: tuple[str, ...]) -> Iterator[
     try:
         entries = _entries(found.root / relative)
     except OSError as err:
+        if not above:  # a whole class would be gone without a word
+            raise DataError(
+                f"cannot list the class folder {found.root / relative}: {err.strerror or err}: make it readable, "
+                "or take it out"
+            ) from None
         found.quarantined.append(Quarantined(relative, Reason.UNREADABLE, err.strerror or str(err)))
+        return
+    if _is_own(entries):
+        found.notes.append(f"{relative} was written by mooring (a scan or a run) and was not read")
         return
     for name, is_dir in entries:
         path = f"{relative}/{name}"
@@ -159,6 +213,11 @@ def _walk(found: Discovered, relative: str, above: tuple[str, ...]) -> Iterator[
             found.quarantined.append(Quarantined(path, Reason.SYMLINK_OUTSIDE, f"leads to {target}"))
         else:
             yield path
+
+
+def _is_own(entries: list[tuple[str, bool]]) -> bool:
+    files = {name for name, is_dir in entries if not is_dir}
+    return any(files.issuperset(marks) for marks in _OWN_FOLDERS)
 
 
 def is_under(real: str, root: Path) -> bool:

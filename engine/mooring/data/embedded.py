@@ -11,19 +11,20 @@ import pyarrow as pa
 from mooring.data.columns import (
     IMAGE_NAMES,
     LABEL_NAMES,
-    SPLIT_COLUMN_NAMES,
     Columns,
     find,
+    find_split,
     label_of,
     pick,
     split_of,
 )
 from mooring.data.discover import Candidate, Discovered
 from mooring.data.images import extension
-from mooring.data.lists import label_names, open_parquet
+from mooring.data.lists import label_names, open_parquet, text_values
 from mooring.data.quarantine import Quarantined, Reason
 from mooring.errors import DataError, RunFolderError
 
+EMBEDDED = "Parquet with image bytes"  # kind of such a source
 _ROWS_AT_ONCE = 64  # bounds memory: whole photos lie in these rows
 
 
@@ -52,9 +53,9 @@ def extract(source: Path, out: Path, columns: Columns) -> Discovered:
     if column is None:
         raise DataError(f"expected a column with image bytes in {source}; got columns {', '.join(names)}")
     label_column = pick(source, names, columns.label, LABEL_NAMES, "label", "label_column")
-    split_column = find(source, names, columns.split, SPLIT_COLUMN_NAMES, "split_column")
+    split_column = find_split(source, names, columns.split, lambda name: text_values(table, name))
     class_names = label_names(source, label_column)
-    found = Discovered(out.resolve(), "Parquet with image bytes")
+    found = Discovered(out.resolve(), EMBEDDED, splits_given=split_column is not None)
     row = 0
     try:
         (out / "images").mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,9 @@ def extract(source: Path, out: Path, columns: Columns) -> Discovered:
                 elif not data:
                     found.quarantined.append(Quarantined(listed_as, Reason.EMPTY, "no bytes in this row"))
                 else:
-                    split = "train" if splits is None else split_of(source, splits[i].as_py())
+                    split = "train"
+                    if splits is not None and split_column is not None:
+                        split = split_of(source, splits[i].as_py(), split_column, row)
                     found.candidates.append(Candidate(_store(out, data), label, split, listed_as))
     except OSError as err:
         raise RunFolderError(f"cannot write images to {out}: {err.strerror}: give another folder") from None

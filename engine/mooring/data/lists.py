@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -16,9 +16,8 @@ import pyarrow.parquet as pq
 from mooring.data.columns import (
     LABEL_NAMES,
     PATH_NAMES,
-    SPLIT_COLUMN_NAMES,
     Columns,
-    find,
+    find_split,
     label_of,
     pick,
     split_of,
@@ -27,8 +26,11 @@ from mooring.data.discover import Candidate, Discovered, is_under
 from mooring.data.quarantine import Quarantined, Reason
 from mooring.errors import DataError
 
+# header, rows, and the values of one column
+_Table = tuple[list[str], Iterator[Sequence[Any]], Callable[[str], Iterable[object]]]
+
 LIST_SUFFIXES = (".csv", ".tsv", ".parquet")
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_DELIMITERS = {".csv": (",", ";", "\t"), ".tsv": ("\t", ",", ";")}  # the usual one first
 
 
 def discover_list(source: Path, columns: Columns) -> Discovered:
@@ -39,20 +41,23 @@ def discover_list(source: Path, columns: Columns) -> Discovered:
     """
     root = source.resolve().parent
     found = Discovered(root, f"{source.suffix[1:].lower()} list")
-    names, rows = _open_parquet(source) if source.suffix.lower() == ".parquet" else _open_text(source)
+    names, rows, values = _open_parquet(source) if source.suffix.lower() == ".parquet" else _open_text(source)
     path_at = names.index(pick(source, names, columns.image, PATH_NAMES, "path", "image_column"))
     label_at = names.index(pick(source, names, columns.label, LABEL_NAMES, "label", "label_column"))
-    split_name = find(source, names, columns.split, SPLIT_COLUMN_NAMES, "split_column")
+    split_name = find_split(source, names, columns.split, values)
+    found.splits_given = split_name is not None
     split_at = names.index(split_name) if split_name is not None else None
     class_names = label_names(source, names[label_at]) if source.suffix.lower() == ".parquet" else None
     real_parents: dict[str, str] = {}
-    for row in rows:
+    for number, row in enumerate(rows, 1):
         listed = str(row[path_at] if row[path_at] is not None else "").strip()
         label = label_of(row[label_at], class_names)
         if label is None:
             found.quarantined.append(Quarantined(listed, Reason.BAD_LABEL, f"label is {row[label_at]!r}"))
             continue
-        split = "train" if split_at is None else split_of(source, row[split_at])
+        split = "train"
+        if split_name is not None and split_at is not None:
+            split = split_of(source, row[split_at], split_name, number)
         relative = _relative(found, listed, real_parents)
         if relative is not None:
             found.candidates.append(Candidate(relative, label, split, listed))
@@ -98,7 +103,7 @@ def _relative(found: Discovered, listed: str, real_parents: dict[str, str]) -> s
     return Path(full).relative_to(found.root).as_posix()
 
 
-def _open_text(source: Path) -> tuple[list[str], Iterator[Sequence[Any]]]:
+def _open_text(source: Path) -> _Table:
     try:
         text = source.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as err:
@@ -107,14 +112,24 @@ def _open_text(source: Path) -> tuple[list[str], Iterator[Sequence[Any]]]:
         ) from None
     except OSError as err:
         raise DataError(f"cannot read {source}: {err.strerror}") from None
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=_DELIMITERS[source.suffix.lower()])
     try:
-        header = [name.strip() for name in next(rows)]
+        delimiter = _delimiter(text, _DELIMITERS[source.suffix.lower()])
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        header = [name.strip() for name in next(reader)]
     except StopIteration:
         raise DataError(f"expected a header and rows in {source}; got an empty file") from None
     except csv.Error as err:
         raise DataError(f"expected a table in {source}; got {err}") from None
-    return header, _text_rows(source, rows, len(header))
+    rows = list(_text_rows(source, reader, len(header)))
+    return header, iter(rows), lambda name: (row[header.index(name)] for row in rows)
+
+
+def _delimiter(text: str, candidates: Sequence[str]) -> str:
+    """The character that cuts the header into the most names; the first of the candidates where several do."""
+    return max(
+        candidates,
+        key=lambda candidate: len(next(csv.reader(io.StringIO(text, newline=""), delimiter=candidate))),
+    )
 
 
 def _text_rows(source: Path, rows: Any, width: int) -> Iterator[Sequence[str]]:
@@ -131,9 +146,19 @@ def _text_rows(source: Path, rows: Any, width: int) -> Iterator[Sequence[str]]:
         raise DataError(f"expected a table in {source}; line {rows.line_num}: {err}") from None
 
 
-def _open_parquet(source: Path) -> tuple[list[str], Iterator[Sequence[Any]]]:
+def _open_parquet(source: Path) -> _Table:
     table = open_parquet(source)
-    return list(table.schema_arrow.names), _parquet_rows(table)
+    return list(table.schema_arrow.names), _parquet_rows(table), lambda name: text_values(table, name)
+
+
+def text_values(table: pq.ParquetFile, column: str) -> list[object]:
+    """The different values of a text column; empty for a column of another type."""
+    kind = table.schema_arrow.field(column).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        return []
+    return table.read(columns=[column]).column(0).unique().to_pylist()
 
 
 def _parquet_rows(table: pq.ParquetFile) -> Iterator[Sequence[Any]]:

@@ -16,13 +16,14 @@ import pyarrow as pa
 
 from mooring.data.columns import Columns
 from mooring.data.discover import SPLITS, Candidate, Discovered, discover_folder
-from mooring.data.embedded import extract, image_column
+from mooring.data.embedded import EMBEDDED, extract, image_column
 from mooring.data.images import ImageFacts, check_signature, inspect
 from mooring.data.lists import LIST_SUFFIXES, discover_list
-from mooring.data.manifest import SCHEMA, Manifest
+from mooring.data.manifest import SCHEMA, Manifest, check_labels
+from mooring.data.out_folder import writable
 from mooring.data.quarantine import ImageProblem, Quarantined, Reason
-from mooring.data.validation_split import validation_rows
-from mooring.errors import DataError, RunFolderError
+from mooring.data.validation_split import check_settings, validation_rows
+from mooring.errors import DataError
 
 MAX_PIXELS = 100_000_000
 _HEAD = 64  # enough to tell a film or an archive from a picture without reading it
@@ -38,13 +39,16 @@ class ScanReport:
 
     Attributes:
         manifest: the images that can be used.
-        quarantine: the files that cannot, with a reason each.
         out: folder that both were written to; None where none was asked for.
     """
 
     manifest: Manifest
-    quarantine: tuple[Quarantined, ...]
     out: Path | None
+
+    @property
+    def quarantine(self) -> tuple[Quarantined, ...]:
+        """The files that cannot be used, with a reason each."""
+        return self.manifest.quarantine
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -78,7 +82,7 @@ class _Seen:
 
 
 def scan(
-    source: Path,
+    source: Path | str,
     *,
     out: Path | None = None,
     val_fraction: float = 0.15,
@@ -89,6 +93,8 @@ def scan(
     image_column: str | None = None,
     label_column: str | None = None,
     split_column: str | None = None,
+    for_evaluation: bool = False,
+    classes: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> ScanReport:
     """Decodes every image of a source once and writes a manifest.
@@ -106,28 +112,76 @@ def scan(
         max_pixels: images with more are left out, undecoded.
         duplicates: ``drop`` every exact copy, or only those ``across`` splits.
         image_column, label_column, split_column: of a table, where the usual names do not find them.
+        for_evaluation: nothing is trained on it: no training images or second class are needed, no
+            validation split is made, and images without a split form the split ``test``.
+        classes: the class list, in order, of the run that is evaluated; only with ``for_evaluation``.
+            None: the labels found. Classes without an image are fine, labels beyond the list are not.
         progress: called with (done, total) files.
 
     Raises:
         DataError: there is nothing to train on, or the splits do not fit together.
-        RunFolderError: ``out`` cannot be written.
+        RunFolderError: ``out`` cannot be written, lies inside the source or holds another source's scan.
     """
+    check_arguments(val_fraction, seed, for_evaluation, classes)
+    source = source_path(source)
+    if source.is_dir() and Manifest.is_manifest(source):
+        raise DataError(
+            f"expected images or a list; got {source}, which is already a scan: train with data={source}"
+        )
     columns = Columns(image_column, label_column, split_column)
-    if out is not None:
-        _check_writable(out)
-    found = discover(source, columns, out)
-    seen, quarantine = _inspect_all(found, workers, max_pixels, progress)
-    kept, copies = _without_copies(seen, duplicates)
-    quarantine = [*found.quarantined, *quarantine, *copies]
-    manifest = _assemble(source, found, kept, quarantine, val_fraction, seed)
-    if out is not None:
-        _remove_unused(found, manifest)
-        manifest.save(out)
-    return ScanReport(manifest, tuple(quarantine), out)
+
+    def run(out: Path | None) -> ScanReport:
+        found = discover(source, columns, out, needs_train=not for_evaluation)
+        seen, quarantine = _inspect_all(found, workers, max_pixels, progress)
+        kept, copies = _without_copies(seen, duplicates)
+        quarantine = [*found.quarantined, *quarantine, *copies]
+        if not kept:
+            raise _nothing(source, quarantine)
+        if for_evaluation:
+            manifest = _assemble_evaluation(source, found, kept, quarantine, classes)
+        else:
+            manifest = _assemble(source, found, kept, quarantine, val_fraction, seed)
+        if out is not None:
+            _remove_unused(found, manifest)
+            manifest.save(out)
+        return ScanReport(manifest, out)
+
+    if out is None:
+        return run(None)
+    with writable(out, source):
+        return run(out)
 
 
-def discover(source: Path, columns: Columns, out: Path | None) -> Discovered:
+def check_arguments(
+    val_fraction: float, seed: int, for_evaluation: bool, classes: Sequence[str] | None
+) -> None:
+    """Refuses arguments of ``scan`` that cannot be right for any source.
+
+    Raises:
+        DataError: saying which.
+    """
+    check_settings(val_fraction, seed)
+    if classes is not None and not for_evaluation:
+        raise DataError("expected a class list for evaluation only; got one for training: leave classes out")
+
+
+def source_path(source: Path | str) -> Path:
+    """The path of a source.
+
+    Raises:
+        DataError: the text is empty; as a path it would mean the working directory.
+    """
+    if not str(source).strip():
+        raise DataError("expected a path; got empty text (an unset shell variable?)")
+    return Path(source)
+
+
+def discover(source: Path, columns: Columns, out: Path | None, *, needs_train: bool = True) -> Discovered:
     """The candidates of a source, whatever its kind.
+
+    Args:
+        source, columns, out: as ``scan``.
+        needs_train: whether split folders without a training split are refused.
 
     Raises:
         DataError: the source is none of the kinds that can be read.
@@ -138,7 +192,7 @@ def discover(source: Path, columns: Columns, out: Path | None) -> Discovered:
         )
     if source.is_dir():
         try:
-            return discover_folder(source)
+            return discover_folder(source, needs_train=needs_train)
         except OSError as err:
             raise DataError(f"cannot list {err.filename or source}: {err.strerror}") from None
     if source.suffix.lower() not in LIST_SUFFIXES:
@@ -226,12 +280,6 @@ def _assemble(
     val_fraction: float,
     seed: int,
 ) -> Manifest:
-    if not kept:
-        reasons = Counter(row.reason.value for row in quarantine)
-        seen = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        raise DataError(
-            f"expected images in {source}; got none that can be used ({seen or 'no files at all'})"
-        )
     classes, notes = _classes(source, kept, found)
     splits = [item.candidate.split for item in kept]
     made: dict[str, object] | None = None
@@ -254,10 +302,44 @@ def _assemble(
         alone = set(classes) - with_val
         if alone:
             notes.append(f"classes with one image have no validation image: {_names(alone)}")
-    order = sorted(range(len(kept)), key=lambda row: SPLITS.index(splits[row]))
-    table = _table([kept[row] for row in order], [splits[row] for row in order], classes)
-    described = {"kind": found.kind, "path": str(source.resolve())}
-    return Manifest(found.root, classes, table, described, tuple(notes), made, tuple(quarantine))
+    return Manifest(
+        found.root,
+        classes,
+        _table(kept, splits, classes),
+        _described(source, found),
+        tuple(notes),
+        made,
+        tuple(quarantine),
+    )
+
+
+def _assemble_evaluation(
+    source: Path,
+    found: Discovered,
+    kept: list[_Seen],
+    quarantine: Sequence[Quarantined],
+    classes: Sequence[str] | None,
+) -> Manifest:
+    labels = {item.candidate.label for item in kept}
+    known = tuple(sorted(labels)) if classes is None else tuple(classes)
+    check_labels(labels, known, source)
+    splits = [item.candidate.split if found.splits_given else "test" for item in kept]
+    notes = list(found.notes)
+    if set(known) - labels:
+        notes.append(f"classes without an image here: {_names(set(known) - labels)}")
+    table = _table(kept, splits, known)
+    described = _described(source, found)
+    return Manifest(found.root, known, table, described, tuple(notes), None, tuple(quarantine))
+
+
+def _nothing(source: Path, quarantine: Sequence[Quarantined]) -> DataError:
+    reasons = Counter(row.reason.value for row in quarantine)
+    seen = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    return DataError(f"expected images in {source}; got none that can be used ({seen or 'no files at all'})")
+
+
+def _described(source: Path, found: Discovered) -> dict[str, str]:
+    return {"kind": found.kind, "path": str(source.resolve())}
 
 
 def _classes(source: Path, kept: list[_Seen], found: Discovered) -> tuple[tuple[str, ...], list[str]]:
@@ -288,14 +370,17 @@ def _classes(source: Path, kept: list[_Seen], found: Discovered) -> tuple[tuple[
     return tuple(sorted(train)), notes
 
 
-def _table(items: list[_Seen], splits: list[str], classes: tuple[str, ...]) -> pa.Table:
+def _table(kept: list[_Seen], splits: list[str], classes: tuple[str, ...]) -> pa.Table:
+    """Rows in train, val, test order; inside a split as listed."""
+    order = sorted(range(len(kept)), key=lambda row: SPLITS.index(splits[row]))
+    items = [kept[row] for row in order]
     index = {name: place for place, name in enumerate(classes)}
     columns = {
         "id": list(range(len(items))),
         "path": [item.candidate.path for item in items],
         "label": [item.candidate.label for item in items],
         "class": [index[item.candidate.label] for item in items],
-        "split": splits,
+        "split": [splits[row] for row in order],
         "width": [item.facts.width for item in items],
         "height": [item.facts.height for item in items],
         "bytes": [item.byte_count for item in items],
@@ -308,20 +393,9 @@ def _table(items: list[_Seen], splits: list[str], classes: tuple[str, ...]) -> p
     return pa.table(columns, schema=SCHEMA)
 
 
-def _check_writable(out: Path) -> None:
-    """Says so before an hour of decoding, not after."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".write-test"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as err:
-        raise RunFolderError(f"cannot write to {out}: {err.strerror or err}: give another folder") from None
-
-
 def _remove_unused(found: Discovered, manifest: Manifest) -> None:
     """Deletes extracted bytes that turned out to be no usable image."""
-    if found.kind != "Parquet with image bytes":
+    if found.kind != EMBEDDED:
         return
     used = set(manifest.table["path"].to_pylist())
     for candidate in found.candidates:

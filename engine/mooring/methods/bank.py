@@ -19,12 +19,14 @@ class BankSpec:
     Attributes:
         rows: K, capacity; 0 is an empty bank that every push leaves empty.
         fields: name -> row width D.
-        dtype: storage of the rows, float32 or bfloat16. Rows are stored at unit length.
+        dtype: storage of the rows, float32 or bfloat16.
+        normalise: rows are stored at unit length, ``v / max(norm(v), 1e-12)``; otherwise as they come.
     """
 
     rows: int
     fields: Mapping[str, int]
     dtype: torch.dtype = torch.float32
+    normalise: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class BankView:
     """The bank's tensors in place (no copy): valid until the next push.
 
     Attributes:
-        fields: name -> [K, D] unit rows; the rows of all fields at one index belong to one image.
+        fields: name -> [K, D]; the rows of all fields at one index belong to one image.
         labels: [K] int64; -1 marks an empty slot.
         ids: [K] int64 manifest ids; -1 in empty slots.
     """
@@ -46,7 +48,7 @@ class BankView:
 
 
 class FeatureBank:
-    """A FIFO ring of feature rows, normalised when they are stored.
+    """A FIFO ring of feature rows, normalised once, when they are stored.
 
     Not an ``nn.Module``: DDP would overwrite buffers from rank 0 on every forward, and DeepSpeed
     neither synchronises nor saves them per rank. The write position is a host integer, so a push
@@ -78,7 +80,7 @@ class FeatureBank:
         """Stores the rows at the next slots; the oldest rows fall out. With B > K the newest K stay.
 
         Args:
-            fields: name -> [B, D] rows of any length; stored as ``v / max(norm(v), 1e-12)``.
+            fields: name -> [B, D] rows.
             labels: [B] int64; a row with label -1 takes a slot and is masked everywhere.
             ids: [B] int64.
 
@@ -98,6 +100,7 @@ class FeatureBank:
             [fields[n].detach() for n in names],
             labels,
             head,
+            normalise=self.spec.normalise,
         )
         batch = min(rows, ids.shape[0])
         # the slot of the newest row is head + B - 1, whatever B: the kept rows end there

@@ -21,6 +21,7 @@ from mooring.data.batch import Batch
 from mooring.methods.bank import BankSpec, FeatureBank
 from mooring.methods.base import At, Method, Needs, SetupContext, StateTree, StepOutput
 from mooring.methods.classification import batch_metrics
+from mooring.methods.dr_tune_paper import paper_calibration
 from mooring.models.batchnorm import frozen_copy
 from mooring_kernels import bank_cross_entropy, calibrate, procrustes_rotation
 
@@ -75,7 +76,10 @@ class DRTune(Method):
     def _empty_bank(self, device: torch.device) -> FeatureBank:
         width = self.head.in_features
         spec = BankSpec(
-            self.settings.bank_size, {"frozen": width, "tuned": width}, _DTYPES[self.settings.bank_dtype]
+            self.settings.bank_size,
+            {"frozen": width, "tuned": width},
+            _DTYPES[self.settings.bank_dtype],
+            normalise=self.settings.calibration == "code",
         )
         return FeatureBank(spec, device=device)
 
@@ -166,19 +170,17 @@ class DRTune(Method):
         settings, head = self.settings, self.head
         bank = self.bank.view()
         valid = labels >= 0
-        # mean over the valid rows: a padding row must not pull the scale
-        norms = torch.linalg.vector_norm(features.detach(), dim=1) * valid
-        scale = norms.sum() / valid.sum().clamp_min(1)
-        calibrated = calibrate(
-            bank["frozen"],
-            bank["tuned"],
-            bank.labels,
-            head.weight.detach(),
-            self.rotation if self._rotates(at) else None,
-            scale,
-            cga_scale=settings.cga_scale,
-            translation=settings.translation,
-        )
+        rotation = self.rotation if self._rotates(at) else None
+        rows = (bank["frozen"], bank["tuned"], bank.labels, head.weight.detach(), rotation)
+        if settings.calibration == "paper":
+            calibrated = paper_calibration(*rows, translation=settings.translation)
+        else:
+            # mean over the valid rows: a padding row must not pull the scale
+            norms = torch.linalg.vector_norm(features.detach(), dim=1) * valid
+            scale = norms.sum() / valid.sum().clamp_min(1)
+            calibrated = calibrate(
+                *rows, scale, cga_scale=settings.cga_scale, translation=settings.translation
+            )
         smoothing = self.label_smoothing
         if at.micros == 1 and settings.loss_form == "mean":
             return bank_cross_entropy(
@@ -186,7 +188,8 @@ class DRTune(Method):
                 label_smoothing=smoothing, return_logits=True,
             )  # fmt: skip
         # The engine averages micro-batches, so each one counts the bank once and its own rows `micros`
-        # times: their average is (sum over all batch rows + sum over the bank) / (A B + n).
+        # times: their average is (sum over all batch rows + sum over the bank) / (A B + n), exact where the
+        # micro-batches have equally many valid rows.
         batch_mean, logits = bank_cross_entropy(
             features, labels, calibrated[:0], bank.labels[:0], head.weight, head.bias,
             label_smoothing=smoothing, return_logits=True,
@@ -195,10 +198,10 @@ class DRTune(Method):
             features[:0], labels[:0], calibrated, bank.labels, head.weight, head.bias,
             label_smoothing=smoothing,
         )  # fmt: skip
-        rows = valid.sum().clamp_min(1) * at.micros
+        batch_rows = valid.sum().clamp_min(1) * at.micros
         bank_rows = (bank.labels >= 0).sum()
-        normaliser = rows if settings.loss_form == "paper" else rows + bank_rows
-        return (rows * batch_mean + bank_rows * bank_mean) / normaliser, logits
+        normaliser = batch_rows if settings.loss_form == "paper" else batch_rows + bank_rows
+        return (batch_rows * batch_mean + bank_rows * bank_mean) / normaliser, logits
 
     @torch.no_grad()
     def after_step(self, outputs: list[StepOutput], batches: list[Batch], at: At) -> None:

@@ -6,7 +6,8 @@ import difflib
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mooring.errors import ConfigError, WeightsError
+from mooring.models.reachable import require_reachable
 from mooring.models.torchvision_shim import import_timm
 from mooring.models.weights import cached_weights, load_into, read_state_dict
 
@@ -188,7 +190,12 @@ def _weights_file(name: str, weights: str | Path, cache_dir: str | Path | None) 
     if str(weights) == "none":
         return None
     if str(weights) != "auto":
-        return Path(weights)
+        file = Path(weights).expanduser()
+        if not file.exists():
+            raise WeightsError(
+                f"model.weights: {weights} does not exist; expected auto, none, or a .safetensors or .pth file"
+            )
+        return file
     if not name.startswith(LOCAL_DIR):
         cached = cached_weights(name, cache_dir)
         return cached if cached.is_file() else None
@@ -206,10 +213,11 @@ def _from_timm(name: str, create: Callable[..., nn.Module], cached: Path) -> nn.
             f"timm has no pretrained weights for {name}, and {cached} does not exist: "
             "give model.weights=FILE, or model.weights=none to start from random weights"
         )
-    _log.info("weights of %s are not in %s: asking timm's own cache and download", name, cached.parent)
+    generator = torch.get_rng_state()
     try:
-        return create(pretrained=True)
+        return _from_cache_or_network(cfg, create)
     except Exception as err:  # hub, network and file errors share no base class
+        torch.set_rng_state(generator)
         reason = (str(err).strip() or "no message").splitlines()[0]
         raise WeightsError(
             f"no weights for {name}: {cached} does not exist, and timm could not get them "
@@ -218,3 +226,54 @@ def _from_timm(name: str, create: Callable[..., nn.Module], cached: Path) -> nn.
             f"python -c \"import timm; timm.create_model('{name}', pretrained=True)\"; "
             "or set model.weights=none for random weights"
         ) from err
+
+
+def _from_cache_or_network(cfg: Any, create: Callable[..., nn.Module]) -> nn.Module:
+    """timm's pretrained model: from the hub's cache without asking the network, else downloaded.
+
+    The hub's client asks its server about every file, cached or not, and tries again for about a minute
+    where nobody answers: so the cache is read in its offline mode, and a download starts only where the
+    server can be reached.
+
+    Raises:
+        OSError: the server cannot be reached.
+        Exception: whatever timm or the hub raise.
+    """
+    from huggingface_hub import constants
+
+    if not cfg.hf_hub_id:  # a plain URL: torch looks into its own cache, and asks once
+        return create(pretrained=True)
+    generator = torch.get_rng_state()
+    was_offline = constants.HF_HUB_OFFLINE
+    try:
+        with _quiet_hub():
+            constants.HF_HUB_OFFLINE = True
+            try:
+                return create(pretrained=True)
+            except Exception:
+                if was_offline:
+                    raise
+            finally:
+                constants.HF_HUB_OFFLINE = was_offline
+            torch.set_rng_state(
+                generator
+            )  # the head's random numbers do not depend on where weights come from
+            require_reachable(constants.ENDPOINT)
+            _log.info("downloading the weights of %s", cfg.hf_hub_id)
+            return create(pretrained=True)
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keeps the retry lines of timm and of the hub's client off the screen; what matters is in the error."""
+    loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mooring.errors import RunFolderError
+from mooring.report.metrics import counted
 from mooring.report.metrics_log import FILE_NAME, Record, read_metrics
 from mooring.report.records import write_json_atomic
 from mooring.report.run_folder import RunFolder
@@ -38,7 +42,22 @@ _NAMES_UP_TO = 200  # classes: axis names stay readable
 _CONFUSIONS_SHOWN = 12
 
 
-def draw_run(folder: Path, confusion: Any | None = None, classes: Sequence[str] | None = None) -> list[Path]:
+# Tried in this order for characters that matplotlib's own font lacks, where they are installed.
+_FALLBACK_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR",
+    "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "PingFang SC",
+    "Hiragino Sans", "Apple SD Gothic Neo", "Arial Unicode MS", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic",
+    "SimHei", "IPAGothic", "Noto Sans Devanagari", "Noto Sans Thai", "Noto Emoji",
+)  # fmt: skip
+_log = logging.getLogger(__name__)
+
+
+def draw_run(
+    folder: Path,
+    confusion: Any | None = None,
+    classes: Sequence[str] | None = None,
+    split: str | None = None,
+) -> list[Path]:
     """Draws ``curves.png`` and, where a confusion matrix is given or recorded, ``confusion.png``.
 
     Args:
@@ -46,28 +65,52 @@ def draw_run(folder: Path, confusion: Any | None = None, classes: Sequence[str] 
         confusion: [C, C] counts (tensor, array or lists), row = true class; kept as ``confusion.json``.
             None: drawn from that file, where it is.
         classes: C names.
+        split: which split the matrix counts; kept with it and named in the picture.
 
     Returns:
         The files written.
+
+    Raises:
+        RunFolderError: a record is damaged.
     """
     written = []
     if (folder / FILE_NAME).is_file():
         records = read_metrics(folder)
         if any(record.kind in ("train", "val") for record in records):
-            written.append(_save(draw_curves(records), folder / "curves.png"))
+            written.append(_save(draw_curves(records, _recorded_best(folder)), folder / "curves.png"))
     record = folder / "confusion.json"
     if confusion is not None:
         names = list(classes) if classes is not None else [str(i) for i in range(len(confusion))]
-        write_json_atomic(record, {"classes": names, "counts": confusion})
+        write_json_atomic(record, {"split": split, "classes": names, "counts": confusion})
     if record.is_file():
         kept = RunFolder(folder).read_json(record.name)
-        figure = draw_confusion(np.asarray(kept["counts"]), kept["classes"])
+        try:
+            figure = draw_confusion(np.asarray(kept["counts"]), kept["classes"], kept.get("split"))
+        except (KeyError, TypeError, AttributeError, ValueError) as err:
+            if confusion is not None:
+                raise  # what was given is wrong, not what was kept
+            raise RunFolderError(f"{record}: expected classes and [C, C] counts, got {err}") from None
         written.append(_save(figure, folder / "confusion.png"))
     return written
 
 
-def draw_curves(records: Iterable[Record]) -> Figure:
-    """Loss, accuracy and learning rate over the run, on one axis of epochs."""
+def _recorded_best(folder: Path) -> int | None:
+    """The best epoch as the run's result tells it; None where there is no result yet."""
+    if not (folder / "result.json").is_file():
+        return None
+    result = RunFolder(folder).read_json("result.json")
+    best = result.get("best_epoch") if isinstance(result, dict) else None
+    return best if isinstance(best, int) else None
+
+
+def draw_curves(records: Iterable[Record], best_epoch: int | None = None) -> Figure:
+    """Loss, accuracy and learning rate over the run, on one axis of epochs.
+
+    Args:
+        records: lines of the log, in order.
+        best_epoch: the epoch to mark, from 0; None: the one with the highest top-1 on validation, of equals
+            the one with the lowest loss, as a run chooses it.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -85,12 +128,16 @@ def draw_curves(records: Iterable[Record]) -> Figure:
             axes.set_title(title)
         _draw_loss(loss, train, val, per_epoch)
         _draw_accuracy(accuracy, train, val, test, per_epoch)
+        _mark_best(accuracy, val, per_epoch, best_epoch)
+        _legend(accuracy)
+        _widen(accuracy)
         _line(rate, train, "lr", per_epoch, _BLUE)
         rate.set_ylim(bottom=0)
         rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
         rate.set_xlabel("epoch" if val else "optimizer step")
         rate.xaxis.set_major_locator(MaxNLocator(integer=True))
-        rate.margins(x=0.01)
+        end = max((math.ceil(record.step / per_epoch) for record in (*train, *val)), default=1)
+        rate.set_xlim(0, 1.02 * max(end, 1))  # room for the marker at the end
     return figure
 
 
@@ -126,7 +173,7 @@ def _draw_loss(axes: Axes, train: Sequence[Record], val: Sequence[Record], per_e
         axes.plot(x, y, color=_BLUE, alpha=0.25, linewidth=1)
         axes.plot(x, _smooth(y, max(3, len(y) // 30)), color=_BLUE, label="train (smoothed)")
     elif len(x):
-        axes.plot(x, y, color=_BLUE, label="train")
+        axes.plot(x, y, color=_BLUE, marker=_lone(x), markersize=4, label="train")
     _line(axes, val, "nll", per_epoch, _ORANGE, label="validation NLL")
     _legend(axes)
 
@@ -136,26 +183,46 @@ def _draw_accuracy(
 ) -> None:
     x, y = _series(train, "top1", per_epoch)
     if len(x):
-        axes.plot(x, 100 * _smooth(y, max(1, len(y) // 30)), color=_BLUE, alpha=0.6, label="train top-1")
+        smooth = 100 * _smooth(y, max(1, len(y) // 30))
+        axes.plot(x, smooth, color=_BLUE, alpha=0.6, marker=_lone(x), markersize=4, label="train top-1")
     _line(axes, val, "top1", per_epoch, _ORANGE, 100, label="validation top-1")
     _line(
         axes, val, "mean_per_class", per_epoch, _GREEN, 100, label="validation mean per class", linestyle="--"
     )
-    _mark_best(axes, val, per_epoch)
     _, tested = _series(test, "top1", per_epoch)
     if len(tested):
         axes.axhline(
             100 * tested[-1], color=_GREY, linewidth=1, linestyle=":", label=f"test {100 * tested[-1]:.1f} %"
         )
-    _legend(axes)
 
 
-def _mark_best(axes: Axes, val: Sequence[Record], per_epoch: float) -> None:
-    x, y = _series(val, "top1", per_epoch)
-    if len(x):
-        best = int(y.argmax())
-        axes.plot(x[best], 100 * y[best], "o", markersize=9, markerfacecolor="none", color=_RED)
-        axes.plot([], [], "o", markerfacecolor="none", color=_RED, label=f"best {100 * y[best]:.1f} %")
+def _lone(x: np.ndarray) -> str:
+    """A line of one point shows only by its marker."""
+    return "o" if len(x) == 1 else ""
+
+
+def _mark_best(axes: Axes, val: Sequence[Record], per_epoch: float, epoch: int | None) -> None:
+    def order(record: Record) -> tuple[float, float]:
+        loss = record.values.get("nll", math.inf)
+        return record.values["top1"], -loss if math.isfinite(loss) else -math.inf
+
+    known = [record for record in val if len(_series([record], "top1", per_epoch)[0])]
+    best = next((record for record in known if record.epoch == epoch), None) or max(
+        known, key=order, default=None
+    )
+    if best is not None:
+        x, y = best.step / per_epoch, 100 * best.values["top1"]
+        axes.plot(x, y, "o", markersize=9, markerfacecolor="none", color=_RED)
+        label = f"best {y:.1f} %, epoch {best.epoch + 1}"
+        axes.plot([], [], "o", markerfacecolor="none", color=_RED, label=label)
+
+
+def _widen(axes: Axes) -> None:
+    """At least two points of accuracy around all data: a wobble of one image must not fill the picture."""
+    values = np.concatenate([np.ravel(line.get_ydata()) for line in axes.lines] or [np.empty(0)])
+    if len(values):
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(-1.0, min(low, values.min() - 2)), min(101.0, max(high, values.max() + 2)))
 
 
 def _legend(axes: Axes) -> None:
@@ -171,12 +238,13 @@ def _smooth(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def draw_confusion(counts: np.ndarray, classes: Sequence[str]) -> Figure:
-    """Row-normalised confusion matrix with the classes most often taken for each other beside it.
+def draw_confusion(counts: np.ndarray, classes: Sequence[str], split: str | None = None) -> Figure:
+    """Row-normalised confusion matrix; beside it the classes most often taken for each other, if any.
 
     Args:
         counts: [C, C], row = true class, column = predicted.
         classes: C names.
+        split: what was counted, for the title.
     """
     from matplotlib import rc_context
     from matplotlib.colors import PowerNorm
@@ -193,9 +261,15 @@ def draw_confusion(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     cell = 0.48 if number <= _NUMBERS_UP_TO else max(0.105, min(0.2, 12 / number))
     side = max(4.0, number * cell) if number <= _NAMES_UP_TO else 12.0
     font = 9.0 if number <= _NUMBERS_UP_TO else max(6.0, 72 * cell * 0.62)
-    with rc_context({**_STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(side + 5.2, side + 1.8), dpi=130, layout="constrained")
-        axes, side_axes = figure.subplots(1, 2, width_ratios=[side, 2.6])
+    confusions = _confusions(counts, totals[:, 0], classes)
+    with rc_context({**_STYLE, "axes.grid": False, "font.family": _fonts()}):
+        width = side + (5.2 if confusions else 2.2)
+        figure = Figure(figsize=(width, side + 1.8), dpi=130, layout="constrained")
+        if confusions:
+            axes, side_axes = figure.subplots(1, 2, width_ratios=[side, 2.6])
+            _list_confusions(side_axes, confusions)
+        else:
+            axes = figure.subplots()
         scale = PowerNorm(0.6, vmin=0, vmax=1)  # rare confusions of a good classifier stay visible
         image = axes.imshow(shares, cmap="Blues", norm=scale, interpolation="nearest")
         axes.set_xlabel("predicted")
@@ -203,14 +277,17 @@ def draw_confusion(counts: np.ndarray, classes: Sequence[str]) -> Figure:
         right = int(np.trace(counts))
         all_rows = int(counts.sum())
         accuracy = 100 * right / all_rows if all_rows else math.nan
-        axes.set_title(f"{right} of {all_rows} images right ({accuracy:.1f} %); share of each true class")
+        where = f"{split} split: " if split else ""
+        images = counted(all_rows, "image")
+        axes.set_title(
+            f"{where}{right} of {images} right ({accuracy:.1f} %)\nshade: share of each true class"
+        )
         _name_classes(axes, classes, font)
         if number <= _NUMBERS_UP_TO:
             _write_counts(axes, counts, shares)
         bar = figure.colorbar(image, ax=axes, shrink=0.5, pad=0.01, aspect=30)
         bar.outline.set_visible(False)  # type: ignore[operator]
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-        _list_confusions(side_axes, counts, totals[:, 0], classes)
     return figure
 
 
@@ -235,8 +312,8 @@ def _write_counts(axes: Axes, counts: np.ndarray, shares: np.ndarray) -> None:
         axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=8, color=color)
 
 
-def _list_confusions(axes: Axes, counts: np.ndarray, totals: np.ndarray, classes: Sequence[str]) -> None:
-    axes.axis("off")
+def _confusions(counts: np.ndarray, totals: np.ndarray, classes: Sequence[str]) -> list[str]:
+    """The most frequent ones in words."""
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:_CONFUSIONS_SHOWN]
@@ -247,9 +324,22 @@ def _list_confusions(axes: Axes, counts: np.ndarray, totals: np.ndarray, classes
             lines.append(
                 f"{classes[row]}\n   taken for {classes[column]}: {wrong[row, column]} ({share:.0f} %)"
             )
-    axes.set_title("Most frequent confusions" if lines else "No confusions", fontsize=10)
-    text = "\n".join(_literal(lines))
+    return lines
+
+
+def _list_confusions(axes: Axes, confusions: Sequence[str]) -> None:
+    axes.axis("off")
+    axes.set_title("Most frequent confusions", fontsize=10)
+    text = "\n".join(_literal(confusions))
     axes.text(0, 0.995, text, va="top", fontsize=9, linespacing=1.45, transform=axes.transAxes)
+
+
+def _fonts() -> list[str]:
+    """Matplotlib's own font, then what is installed for the characters that it lacks."""
+    from matplotlib.font_manager import fontManager
+
+    installed = {font.name for font in fontManager.ttflist}
+    return ["DejaVu Sans", *(name for name in _FALLBACK_FONTS if name in installed)]
 
 
 def _literal(texts: Sequence[str]) -> list[str]:
@@ -262,6 +352,18 @@ def _save(figure: Figure, path: Path) -> Path:
 
     FigureCanvasAgg(figure)
     temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.15)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.15)
     temporary.replace(path)
+    missing = [warning for warning in caught if "missing from" in str(warning.message)]
+    if missing:  # one warning per character and pass otherwise
+        _log.warning(
+            "%s: no installed font has some characters of the class names, they are drawn as boxes; "
+            "install a font that has them, such as Noto Sans CJK",
+            path,
+        )
+    for other in caught:
+        if other not in missing:
+            warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)
     return path
