@@ -34,11 +34,11 @@ demo-long: setup
 
 test: setup
 	$(PY) demo/fetch.py --quiet
-	$(PY) -m pytest -m "not slow and not gpu"
+	$(PY) -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-full: setup
 	$(PY) demo/fetch.py --quiet
-	$(PY) -m pytest -m "not gpu"
+	$(PY) -m pytest -n 2 --dist loadfile -m "not gpu"
 
 lint: setup
 	$(BIN)/ruff check $(LINTED)

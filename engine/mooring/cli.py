@@ -45,7 +45,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            _fail("interrupted", "stopped before anything was finished")
+            _fail("interrupted", "stopped; what was written so far is kept")
             raise typer.Exit(INTERRUPTED) from None
         except MooringError as err:
             problem, message = type(err).__name__.removesuffix("Error"), str(err)
@@ -431,10 +431,9 @@ def _print_data_notes(config: RunConfig, manifest: Manifest) -> None:
     console = Console(stderr=True, highlight=False)
     for note in manifest.notes:
         console.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
-    quarantine = getattr(manifest, "quarantine", ())
-    if quarantine:
+    if manifest.quarantine:
         listed = (config.out or Path("RUN")) / "manifest" / "quarantine.csv"
-        line = f"{left_out(quarantine)}: listed in {listed}"
+        line = f"{left_out(manifest.quarantine)}: listed in {listed}"
         console.print(f"[yellow]note[/] {escape(line)}", soft_wrap=True)
 
 

@@ -129,6 +129,14 @@ def test_debug_shows_the_traceback(how: dict[str, Any], place: int) -> None:
         (["predict", "nowhere", "x.jpg", "--out", "no/x.csv"], "expected a file in an existing folder"),
         (["info", "nowhere"], "expected a run folder"),
         (["scan", "nowhere"], "nowhere"),
+        (
+            ["train", "--epochs", "3"],
+            "--epochs: there is no such option; settings are written key=value: write train.epochs=3",
+        ),
+        (["train", "--data=photos"], "write data=photos"),
+        (["train", "--resume", "nope"], "resume: expected a run folder, got nope"),
+        (["scan", ".", "--val-fraction", "1"], "--val-fraction"),
+        (["scan", ".", "--seed", "-1"], "--seed"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
@@ -337,6 +345,84 @@ def test_images_to_predict_must_be_there(names: list[str], tmp_path: Path) -> No
     result = run("predict", tmp_path, *(tmp_path / name for name in names))
     assert result.exit_code == 2
     assert re.search("expected (an image|images)", result.stderr)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run folder with an export, the photos beside it, and what training printed."""
+    root = tmp_path_factory.mktemp("trained")
+    for place, name in enumerate(("[bold]q", "dog")):
+        (root / "photos" / name).mkdir(parents=True)
+        for index in range(8):
+            picture = Image.new("RGB", (20, 16), (100 * place, 10 * index, 50))
+            picture.save(root / "photos" / name / f"{index}.png")
+    (root / "photos" / "dog" / "bad.jpg").write_bytes(b"no image")
+    settings = [
+        f"data={root / 'photos'}", f"out={root / 'run'}", "model.name=resnet10t", "model.weights=none",
+        "method=fine_tune", "train.image_size=32", "train.eval_size=32", "train.batch_size=4", "train.epochs=1",
+        "data.source=torch", "data.workers=1", "report.plots=false", "report.tensorboard=false",
+    ]  # fmt: skip
+    result = run("train", *settings, environment={"MOORING_CACHE": str(root / "cache")})
+    assert result.exit_code == 0, result.output
+    return root, result
+
+
+def test_training_says_what_the_scan_decided(trained: Any) -> None:
+    root, result = trained
+    assert "note no validation split was given" in result.stderr
+    assert "1 file left out: 1 not an image: listed in" in result.stderr
+    assert f"{root / 'run' / 'manifest' / 'quarantine.csv'}" in result.stderr
+    assert "note" not in result.stdout
+    assert "top-5" not in result.output, "two classes"
+
+
+def test_eval_takes_the_split_there_is(trained: Any) -> None:
+    root, _ = trained
+    result = run("eval", root / "run")
+    assert result.exit_code == 0, result.output
+    assert "val split" in result.stdout
+    assert "top-5" not in result.stdout
+    assert "test" in run("eval", root / "run", "--split", "test").stderr
+
+
+def test_predict_leaves_out_what_a_folder_holds_of_bad_files(trained: Any, tmp_path: Path) -> None:
+    root, _ = trained
+    result = run("predict", root / "run", root / "photos", "--out", tmp_path / "out.csv", "--top", "1")
+    assert result.exit_code == 0, result.output
+    assert "bad.jpg" in result.stderr
+    assert "1 file could not be read" in result.stderr
+    assert "16 predictions in" in result.stdout
+    assert len(list(csv.DictReader((tmp_path / "out.csv").open()))) == 16
+    again = run("predict", root / "run", root / "photos", "--out", tmp_path / "out.csv")
+    assert again.exit_code == 2
+    assert "add --overwrite" in again.stderr
+
+
+def test_predict_refuses_a_bad_file_that_was_named(trained: Any, tmp_path: Path) -> None:
+    root, _ = trained
+    result = run("predict", root / "run", root / "photos" / "dog" / "bad.jpg", "--out", tmp_path / "out.csv")
+    assert result.exit_code == 2
+    assert "bad.jpg" in result.stderr
+    assert not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("metrics.jsonl", "junk\n{}\n"), ("result.json", "[]"), ("result.json", '{"val": {"top1": "x"}}')],
+)
+def test_info_names_a_damaged_record(name: str, content: str, tmp_path: Path) -> None:
+    RunFolder(tmp_path).write_text("config.toml", to_toml(load_config(None, ["data=photos"])))
+    (tmp_path / name).write_text(content)
+    result = run("info", tmp_path)
+    assert result.exit_code == 2
+    assert name in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_defaults_that_are_words_are_shown() -> None:
+    assert "[default: scans/NAME]" in run("scan", "--help").output
+    assert "[default: the run's own]" in run("eval", "--help").output
+    assert "dr_tune_paper, quick" in run("train", "--help").output
 
 
 # ---------------------------------------------------------------- the package

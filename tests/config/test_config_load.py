@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mooring.config.keys import METHODS, all_keys
-from mooring.config.load import config_from_toml, load_config, shipped_recipes, to_toml
+from mooring.config.load import absolute_paths, config_from_toml, load_config, shipped_recipes, to_toml
 from mooring.config.method_settings import DRTuneSettings, FineTuneSettings, LPFTSettings
 from mooring.config.schema import RunConfig
 from mooring.errors import ConfigError
@@ -305,3 +305,43 @@ def test_toml_leaves_out_what_is_none_and_names_the_rest() -> None:
         if key.default is not None and key.methods in ((), ("dr_tune",)):
             assert f"{key.name.rpartition('.')[2]} = " in text
     assert "none" not in text.lower()
+
+
+def test_a_run_to_resume_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as missing:
+        load_config(None, ["resume=nope"])
+    assert str(missing.value) == "resume: expected a run folder, got nope"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        ConfigError, match=r"resume: expected a run folder \(with a config\.toml\), got empty"
+    ):
+        load_config(None, ["resume=empty"])
+
+
+def test_a_continued_run_stays_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r1").mkdir()
+    (tmp_path / "r1" / "config.toml").write_text(to_toml(load_config(None, ["data=photos"])))
+    with pytest.raises(ConfigError, match="leave out= out, or give the same folder"):
+        load_config(None, ["resume=r1", "out=r5"])
+    assert load_config(None, ["resume=r1", f"out={tmp_path / 'r1'}"]).out == tmp_path / "r1"
+    assert load_config(None, ["resume=r1"]).out == Path("r1")
+
+
+def test_saved_paths_hold_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["data=photos", "model.name=local-dir:net", "model.weights=w/a.pth", "out=run"]
+    config = absolute_paths(load_config(None, words))
+    assert config.data.path == tmp_path / "photos"
+    assert config.model.name == f"local-dir:{tmp_path / 'net'}"
+    assert config.model.weights == str(tmp_path / "w" / "a.pth")
+    assert config.out == Path("run"), "a run folder may be moved"
+    assert absolute_paths(config) == config
+    assert config_from_toml(to_toml(config)) == config
+
+
+@pytest.mark.parametrize("weights", ["auto", "none"])
+def test_words_are_no_paths(weights: str) -> None:
+    config = load_config(None, ["data=/photos", f"model.weights={weights}"])
+    assert absolute_paths(config) == config

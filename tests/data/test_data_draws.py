@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +23,7 @@ from mooring.data.augment import (
     evaluation,
     preset,
 )
-from mooring.data.draws import Draws, draw
+from mooring.data.draws import Draws, draw, words
 from mooring.data.order import EpochOrder
 from mooring.data.render import render, tone_curve
 from mooring.errors import DataError
@@ -61,7 +62,7 @@ def test_presets_and_model_configs() -> None:
         preset("medium", MODEL)  # type: ignore[arg-type]
     config = {"input_size": (3, 256, 256), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 0.94}
     model = ModelInput.from_model_config(config | {"interpolation": "bilinear"}, size=128)
-    assert model == ModelInput(128, (0.5,) * 3, (0.5,) * 3, "bilinear", 0.94)
+    assert model == ModelInput(128, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 0.94)
     assert ModelInput.from_model_config(config).size == 256
     with pytest.raises(DataError, match="3-channel"):
         ModelInput.from_model_config(config | {"input_size": (1, 28, 28)})
@@ -231,3 +232,20 @@ def test_more_processes_share_the_batches_of_one() -> None:
 def test_an_order_that_cannot_be_is_refused(settings_: dict[str, int], says: str) -> None:
     with pytest.raises(DataError, match=says):
         EpochOrder(**settings_, seed=0, shuffle=True, drop_last=True)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31 - 1, 2**31, 2**31 ^ 12345, 2**53 + 1, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("whole", [int, np.uint64])
+def test_a_seed_is_an_exact_key(seed: int, whole: type) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = words(whole(seed), 3, 5, 7, 1, 6)
+    # Philox by its definition: two key words, four counter words, the lowest first
+    key, counter = np.array([seed, 3], np.uint64), np.array([0, 1, 7, 5], np.uint64)
+    assert np.array_equal(got, np.random.Philox(key=key, counter=counter).random_raw(6))
+
+
+@pytest.mark.parametrize("seed", [1.0, float("nan"), "1"])
+def test_a_seed_that_is_no_whole_number_is_an_error(seed: object) -> None:
+    with pytest.raises(TypeError):
+        words(seed, 3, 5, 7, 1, 6)  # type: ignore[arg-type]

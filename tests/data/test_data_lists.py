@@ -91,7 +91,9 @@ def test_rows_that_cannot_be_used_are_listed(tmp_path: Path) -> None:
         ("file_path_of,label\na,b\n", "column with the path"),
         ("path,kind\na,b\n", "column with the label"),
         ("path,label\na,b,c\n", "2 fields in line 2"),
-        ("path,label,split\na,b,later\n", "train, val or test"),
+        ("path,label,split\na,b,train\nc,d,later\n", r"column 'split' of .*list.csv; got 'later' in row 2"),
+        ("file_path_of,label\na,b\n", r"--image-column \(scan\) or data.image_column= \(train\)"),
+        ("path,kind\na,b\n", r"--label-column \(scan\) or data.label_column= \(train\)"),
         ("path,label\n", "none that can be used"),
     ],
 )
@@ -162,3 +164,58 @@ def test_hugging_face_parquet_has_struct_images_and_class_names(tmp_path: Path) 
     manifest = scan(tmp_path / "hf.parquet", out=tmp_path / "out").manifest
     assert manifest.classes == ("cat", "dog")
     assert len(manifest) == 6
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_the_delimiter_is_the_one_of_the_header(tmp_path: Path, suffix: str, delimiter: str) -> None:
+    paths = write_pictures(tmp_path)
+    names = ["one, or; more", "an\tother"]  # quoted: each delimiter is also part of a label
+    with (tmp_path / f"list{suffix}").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, delimiter=delimiter)
+        writer.writerow(("path", "label"))
+        writer.writerows((path, names[i % 2]) for i, path in enumerate(paths))
+    manifest = scan(tmp_path / f"list{suffix}").manifest
+    assert manifest.classes == tuple(sorted(names))
+    assert len(manifest) == len(paths)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("column", ["dataset", "fold"])
+@pytest.mark.parametrize(
+    ("values", "counts"),
+    [
+        (["train"] * 4 + ["val"] * 2 + ["test"] * 2, {"train": 4, "val": 2, "test": 2}),
+        (["train"] * 7 + ["cifar"], {"train": 6, "val": 2}),
+        (["0", "1", "2", "3"] * 2, {"train": 6, "val": 2}),
+    ],
+    ids=["splits", "one other", "numbers"],
+)
+def test_an_ambiguous_column_is_the_split_only_if_all_its_values_are_splits(
+    tmp_path: Path, suffix: str, column: str, values: list[str], counts: dict[str, int]
+) -> None:
+    labels = [LABELS[i // 2 % 2] for i in range(8)]
+    columns = {"path": write_pictures(tmp_path), "label": labels, column: values}
+    file = write_list(tmp_path / f"list{suffix}", columns)
+    assert scan(file).manifest.counts == counts
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_split_column_given_by_name_must_hold_splits(tmp_path: Path, suffix: str) -> None:
+    columns = {"path": write_pictures(tmp_path), "label": list(LABELS) * 4, "fold": ["train"] * 7 + ["cifar"]}
+    file = write_list(tmp_path / f"list{suffix}", columns)
+    with pytest.raises(DataError, match=r"column 'fold' .* got 'cifar' in row 8.*--split-column"):
+        scan(file, split_column="fold")
+
+
+def test_image_bytes_beside_another_kind_of_dataset_column(tmp_path: Path) -> None:
+    columns = {
+        "dataset": ["flowers"] * 6,
+        "label": [LABELS[i % 2] for i in range(6)],
+        "image": [encoded(picture(i)) for i in range(6)],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    assert scan(tmp_path / "x.parquet", out=tmp_path / "out").manifest.counts == {"train": 4, "val": 2}
+    with pytest.raises(DataError, match=r"column 'dataset' of .* got 'flowers' in row 1"):
+        scan(tmp_path / "x.parquet", out=tmp_path / "two", split_column="dataset")
+    assert not (tmp_path / "two").exists()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 from rich.console import Console
 
-from mooring.report.metrics import duration, metric
+from mooring.report.metrics import duration, metric, shown_metrics
 from mooring.report.progress import (
     BarProgress,
     PlainProgress,
@@ -143,6 +143,26 @@ def test_markdown_marks_the_best_and_what_is_missing() -> None:
         "| fine_tune | **82.0 ± 2.0 %** | 40 |\n"
         "| a\\|b | **82.0 %** | - |\n"
     )
+
+
+def test_names_are_no_markup() -> None:
+    console = Console(file=io.StringIO(), width=80, record=True)
+    console.print(results_table([Row("[bold]q", {"top1": 0.5})], ["top1", "[/x]"], title="[/x] t"))
+    text = console.export_text()
+    for name in ("[bold]q", "[/x] t", "[/x]"):
+        assert name in text
+
+
+@pytest.mark.parametrize(("classes", "shown"), [(5, False), (6, True), (None, True)])
+def test_top5_is_shown_where_it_says_something(classes: int | None, shown: bool) -> None:
+    assert ("top5" in shown_metrics(["top1", "top5"], classes)) == shown
+    if classes is not None:
+        out = io.StringIO()
+        progress = PlainProgress(out)
+        progress.start(Plan(classes=classes), 1)
+        progress.evaluated("val", 0, {"top1": 0.5, "top5": 1.0})
+        assert ("top-5" in out.getvalue()) == shown
+        assert "in 1 epoch," in out.getvalue()
 
 
 def test_terminal_table_has_the_same_cells() -> None:

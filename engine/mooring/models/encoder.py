@@ -190,12 +190,12 @@ def _weights_file(name: str, weights: str | Path, cache_dir: str | Path | None) 
     if str(weights) == "none":
         return None
     if str(weights) != "auto":
-        file = Path(weights).expanduser()
-        if not file.exists():
+        given = Path(weights).expanduser()
+        if not given.exists():
             raise WeightsError(
                 f"model.weights: {weights} does not exist; expected auto, none, or a .safetensors or .pth file"
             )
-        return file
+        return given
     if not name.startswith(LOCAL_DIR):
         cached = cached_weights(name, cache_dir)
         return cached if cached.is_file() else None
@@ -267,8 +267,8 @@ def _from_cache_or_network(cfg: Any, create: Callable[..., nn.Module]) -> nn.Mod
 
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """Keeps the retry lines of timm and of the hub's client off the screen; what matters is in the error."""
-    loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub")]
+    """Keeps the retry lines of the hub's client off the screen; what matters is in the error."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "httpx")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

@@ -14,6 +14,7 @@ from torch import nn
 from mooring.config.load import load_config
 from mooring.config.schema import RunConfig
 from mooring.data.augment import Augmentation, ModelInput, evaluation
+from mooring.data.cache import open_manifest
 from mooring.data.draws import draw
 from mooring.data.images import decode_rgb
 from mooring.data.manifest import Manifest, Split
@@ -22,8 +23,8 @@ from mooring.data.render import render
 from mooring.data.sources import make_source
 from mooring.errors import DataError, RunFolderError
 from mooring.models.torchvision_shim import import_timm
+from mooring.models.weights import cache_folder
 from mooring.report.run_folder import existing_run
-from mooring.train.assembly import open_data
 from mooring.train.evaluate import EvalResult, evaluate
 from mooring.train.precision import choose_device
 
@@ -131,13 +132,14 @@ class Predictor:
         """The images that ``evaluate`` measures on.
 
         Args:
-            data: image folder, list or manifest; None: the images recorded in the run folder.
+            data: image folder, list or manifest, with no other classes than the run's; images without a split
+                are all ``test``. None: the images recorded in the run folder.
             split: ``train``, ``val`` or ``test``; None: ``test`` where there is one, else ``val``.
 
         Raises:
             DataError: there is no such split, or the classes differ.
         """
-        manifest = Manifest.load(self.run / "manifest") if data is None else open_data(self.config, path=data)
+        manifest = Manifest.load(self.run / "manifest") if data is None else self._other_data(data)
         if list(manifest.classes) != self.classes:
             differing = sorted(set(self.classes) ^ set(manifest.classes))
             raise DataError(
@@ -147,6 +149,21 @@ class Predictor:
             )
         return manifest.split(
             split or next(name for name in ("test", "val", "train") if name in manifest.counts)
+        )
+
+    def _other_data(self, path: Path) -> Manifest:
+        """Images that were not part of the run, with labels as the run numbers them."""
+        data = self.config.data
+        return open_manifest(
+            path,
+            cache_folder() / "manifests",
+            workers=data.workers,
+            max_pixels=data.max_pixels,
+            image_column=data.image_column,
+            label_column=data.label_column,
+            split_column=data.split_column,
+            for_evaluation=True,
+            classes=self.classes,
         )
 
     def evaluate(self, data: Path | None = None, split: str | None = None) -> EvalResult:
