@@ -93,6 +93,13 @@ def _no_such_option(option: str, value: str) -> MooringError:
     return ConfigError(f"{option}: there is no such option; settings are written key=value: {hint}")
 
 
+def _given_path(text: str) -> Path:
+    """``Path("")`` is the current folder, which nobody means who writes an empty text."""
+    if not str(text).strip():
+        raise typer.BadParameter("expected a path; got empty text (an unset shell variable?)")
+    return Path(text)
+
+
 def _words(name: str) -> str:
     spaced = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
     return spaced.capitalize()
@@ -167,7 +174,7 @@ def scan(
         typer.Argument(
             metavar="DIR",
             help="Image folder (class/image or train|val|test/class/image), CSV, TSV or Parquet list.",
-            readable=False,  # here and below: the message about a path is ours, where it is used
+            parser=_given_path,
         ),
     ],
     out: Annotated[
@@ -271,10 +278,11 @@ def train(
 
 @app.command(name="eval")
 def evaluate(
+    # readable=False, here and below: the message about a path is ours, where it is used
     run: Annotated[Path, typer.Argument(metavar="RUN", readable=False, help="A run folder.")],
     data: Annotated[
         Path | None,
-        typer.Option(readable=False, help="Other images to evaluate on. \\[default: the run's own]"),
+        typer.Option(parser=_given_path, help="Other images to evaluate on. \\[default: the run's own]"),
     ] = None,
     split: Annotated[
         str | None, typer.Option(help="train, val or test. \\[default: test where there is one, else val]")

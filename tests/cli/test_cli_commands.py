@@ -459,3 +459,10 @@ def test_the_module_runs_as_a_program() -> None:
     )  # fmt: skip
     assert done.returncode == 2
     assert "the nearest is train.epochs" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["scan", ""], ["eval", "run", "--data", " "]])
+def test_an_empty_path_is_not_the_current_folder(arguments: list[str]) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "got empty text" in " ".join(result.output.replace("│", " ").split())

@@ -199,6 +199,9 @@ def open_data(
         seed=config.seed,
         workers=data.workers,
         max_pixels=data.max_pixels,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        split_column=data.split_column,
         progress=progress,
     )
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from mooring.config.load import absolute_paths
 from mooring.config.schema import RunConfig
 from mooring.data.batch import Batch
 from mooring.data.source import EpochSource
@@ -54,7 +55,11 @@ class Engine:
         self.global_step = 0
         self.epochs_validated = 0
         self.resume_notes: list[str] = []
-        self.clock = (0.0, 0.0, 0)  # of `fit`: seconds, seconds in training steps, images trained on
+        self.clock: tuple[float, float, int] = (
+            0.0,
+            0.0,
+            0,
+        )  # of `fit`: seconds, seconds in training steps, images trained on
         self.best = BestEpoch()
         config = self.config
         self.mixer = Mixer(config.train.mixup, config.train.cutmix, parts.num_classes, config.seed)
@@ -76,7 +81,7 @@ class Engine:
         seed_everything(config.seed)
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)
-        return cls(assemble(config, scan_progress=scan_progress))
+        return cls(assemble(absolute_paths(config), scan_progress=scan_progress))
 
     @property
     def steps_per_epoch(self) -> int:

@@ -228,7 +228,12 @@ class Fit:
         )
         if self.engine.config.report.plots:
             classes = list(self.engine.parts.classes)
-            draw_run(self.folder.path, None if shown is None else shown.confusion, classes)
+            draw_run(
+                self.folder.path,
+                None if shown is None else shown.confusion,
+                classes,
+                split="test" if result.test else "val",
+            )
 
 
 def _as_tree(result: EvalResult) -> dict[str, Any]:
