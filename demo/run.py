@@ -84,7 +84,8 @@ def one_run(
         if Engine.build(wanted.model_copy(update={"resume": "auto"})).fit().interrupted:
             raise SystemExit(130)
         record = json.loads((run / "result.json").read_text())
-    return {**record, "run": run, "seed": seed}
+    commit = json.loads((run / "environment.json").read_text())["commit"]
+    return {**record, "run": run, "seed": seed, "commit": commit}
 
 
 def shown(values: list[float], percent: bool = True) -> str:
@@ -96,8 +97,8 @@ def shown(values: list[float], percent: bool = True) -> str:
 
 def results_table(records: dict[str, list[dict[str, Any]]]) -> Table:
     table = Table(title="Fruit in a supermarket, 14 classes: photos of the test split", title_justify="left")
-    table.add_column("method")
-    for name in ("test top-1", "mean per class", "validation top-1", "training images/s"):
+    table.add_column("method", no_wrap=True)
+    for name in ("test top-1", "per class", "val top-1", "train images/s"):
         table.add_column(name, justify="right")
     for method, rows in records.items():
         table.add_row(
@@ -144,9 +145,11 @@ def main() -> None:
             records[method].append(one_run(method, seed, photos, out, extra, console))
     console.print()
     console.print(results_table(records))
+    minutes = (time.perf_counter() - started) / 60
     console.print(
-        f"{(time.perf_counter() - started) / 60:.1f} minutes. The test split was looked at once per run."
+        f"{minutes:.1f} minutes. Each run looked at the test split once, after its best epoch was chosen."
     )
+    console.print("The probe trains the head alone: its images/s are forward passes.")
     for rows in records.values():
         for r in rows:
             console.print(f"  {r['run']}/  curves.png, confusion.png, model/", highlight=False)
