@@ -273,3 +273,10 @@ def test_a_diverging_run_stops_with_advice(make_config) -> None:
     config = make_config(optimizer={"name": "sgd", "lr": 1e8}, report={"progress": "quiet", "log_every": 1})
     with pytest.raises(MooringError, match=r"loss became .*optimizer\.lr"):
         Engine.build(config).fit()
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_trains_and_exports(make_config) -> None:
+    result = Engine.build(make_config(train={"epochs": 1, "compile": True})).fit()
+    again = load_run(result.run).evaluate(None, "test")
+    assert again.n == result.test.n and abs(again.nll - result.test.nll) < 1e-3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -154,8 +154,7 @@ class Fit:
     def _keep_best(self, val: EvalResult) -> None:
         """Weights of the best epoch and their export, each replaced as a whole."""
         engine = self.engine
-        averaged = nullcontext() if engine.ema is None else engine.ema.applied_to(engine.method)
-        with averaged:
+        with self._averaged():
             self._export()
             best = {
                 "epoch": engine.best.epoch,
@@ -163,6 +162,11 @@ class Fit:
                 "val": _as_tree(val),
             }
             save_tree(self.folder.path / "best", best, replace=True)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        """The weights that are evaluated and exported: the average where the run keeps one."""
+        engine = self.engine
+        return nullcontext() if engine.ema is None else engine.ema.applied_to(engine.method)
 
     def _export(self) -> None:
         encoder, head = self.engine.method.exported()
@@ -182,7 +186,8 @@ class Fit:
         engine = self.engine
         self._save()
         if engine.best.epoch is None:
-            self._export()
+            with self._averaged():
+                self._export()
             return None
         return self._best_epoch()[0]
 

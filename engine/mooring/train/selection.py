@@ -18,7 +18,8 @@ class BestEpoch:
 
     def offer(self, epoch: int, result: EvalResult) -> bool:
         """Takes ``epoch`` if it is better; returns whether it was."""
-        better = (result.top1, -result.nll) > (self.top1, -self.nll)
+        # the first one in any case: a NaN compares as worse than nothing
+        better = self.epoch is None or (result.top1, -result.nll) > (self.top1, -self.nll)
         if better:
             self.epoch, self.top1, self.nll = epoch, result.top1, result.nll
         return better
