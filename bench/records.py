@@ -43,10 +43,9 @@ def environments(folder: Path = FOLDER) -> dict[str, Record]:
 
 
 def measurements(folder: Path = FOLDER) -> Iterator[Record]:
-    """All measurements, oldest first within each op."""
+    """All measurements of ops, oldest first within each; the folder also holds results of whole runs."""
     for path in sorted(folder.glob("*.jsonl")):
-        if path.name != _ENVIRONMENTS:
-            yield from _lines(path)
+        yield from (line for line in _lines(path) if "op" in line)
 
 
 def latest(records: Iterator[Record]) -> dict[tuple[str, ...], Record]:

@@ -183,3 +183,12 @@ def test_an_unknown_op_is_named(repository: Path) -> None:
     command = [sys.executable, "-m", "bench", "calibrat"]
     run = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)
     assert run.returncode == 2 and "got calibrat" in run.stderr and "row_normalise" in run.stderr
+
+
+def test_the_pictures_are_drawn_from_the_committed_records(tmp_path: Path) -> None:
+    """The folder also holds results of whole runs (the demo, the data sources): they are no measurement of an op."""
+    from bench import plot, records
+
+    assert (records.FOLDER / "demo.jsonl").is_file()
+    assert plot.main(["--out", str(tmp_path)]) == 0
+    assert (tmp_path / "table.md").stat().st_size > 0
