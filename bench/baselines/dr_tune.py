@@ -13,13 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROTATION_PERIOD = 10  # batches of an epoch between two rotations; the other nine use none
-
-
-def rotation_due(batch_index: int) -> bool:
-    """Whether the public code rotates on this batch of the epoch."""
-    return batch_index % ROTATION_PERIOD == 0
-
 
 def enqueue(
     bank_fields: list[Tensor], bank_labels: Tensor, fields: list[Tensor], labels: Tensor, head: int

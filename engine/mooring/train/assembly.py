@@ -73,11 +73,6 @@ class Parts:
     def train_images(self) -> int:
         return self.manifest.counts["train"]
 
-    @property
-    def head_only(self) -> bool:
-        """Whether the backbone is not trained at all."""
-        return not self.method.parameter_roles()["backbone"]
-
     def plan(self) -> RunPlan:
         counts = self.manifest.counts
         return RunPlan(

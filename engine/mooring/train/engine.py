@@ -30,9 +30,9 @@ class Engine:
 
     Use ``Engine.build(config).fit()`` for a whole run, or ``engine.step(batch)`` in a loop of your own::
 
-        engine = Engine.build(RunConfig(data="photos"))
-        for batch in engine.train_source:
-            result = engine.step(batch)
+        with Engine.build(RunConfig.model_validate({"data": "photos"})) as engine:
+            for group in engine.epoch_groups():
+                result = engine.step(group)
 
     Attributes:
         method: the trained module (encoder, head, auxiliary parts).
@@ -55,14 +55,11 @@ class Engine:
         self.global_step = 0
         self.epochs_validated = 0
         self.resume_notes: list[str] = []
-        self.clock: tuple[float, float, int] = (
-            0.0,
-            0.0,
-            0,
-        )  # of `fit`: seconds, seconds in training steps, images trained on
+        # of `fit`: seconds, seconds in training steps, images trained on
+        self.clock: tuple[float, float, int] = (0.0, 0.0, 0)
         self.best = BestEpoch()
-        config = self.config
-        self.mixer = Mixer(config.train.mixup, config.train.cutmix, parts.num_classes, config.seed)
+        train = self.config.train
+        self.mixer = Mixer(train.mixup, train.cutmix, parts.num_classes, self.config.seed)
         self._ready = False
 
     @classmethod
@@ -171,23 +168,20 @@ class Engine:
         return result
 
     def _set_learning_rates(self) -> float:
-        """Sets every group's rate for this step; returns the backbone's (the head's where nothing else is trained)."""
+        """Sets every group's rate for this step; returns the first one's: the backbone's, or the head's in a probe."""
         self.schedule.set(self.global_step)
         factors = self.method.lr_factors(self._at())
         for group in self.optimizer.param_groups:
             group["lr"] *= factors.get(group["role"], 1.0)
-        return float(self.optimizer.param_groups[-1 if self.parts.head_only else 0]["lr"])
+        return float(self.optimizer.param_groups[0]["lr"])
 
     # ---------------------------------------------------------------- evaluation
 
-    def evaluate(
-        self, source: EpochSource, *, averaged: bool = True, check: Callable[[], None] | None = None
-    ) -> EvalResult:
-        """Top-1, top-5, mean per class, calibration error and loss on ``source``.
+    def evaluate(self, source: EpochSource, *, check: Callable[[], None] | None = None) -> EvalResult:
+        """Top-1, top-5, mean per class, calibration error and loss on ``source``, with the weight EMA where kept.
 
         Args:
             source: one whole pass of it is evaluated, from its first batch.
-            averaged: use the weight EMA where the run keeps one.
             check: called before each batch; may raise to stop the evaluation.
         """
         source.rewind()
@@ -195,7 +189,7 @@ class Engine:
         was_training = self.method.training
         self.method.eval()
         try:
-            if self.ema is None or not averaged:
+            if self.ema is None:
                 return self._evaluate(batches)
             with self.ema.applied_to(self.method):
                 return self._evaluate(batches)
