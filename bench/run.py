@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench import environment, records
-from bench.registry import Candidate, Inputs, Operation, Outputs, Pass, Size, map_tensors
+from bench.operation import Candidate, Inputs, Operation, Outputs, Pass, Size, map_tensors
 from bench.timing import Call, Quantiles, alternate, paired_ratio
 from bench.verify import (
     Expected,

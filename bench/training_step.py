@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import environment, records
-from bench.registry import RESNET50, SIZES, VIT_B, Size
+from bench.operation import RESNET50, SIZES, VIT_B, Size
 from bench.timing import Quantiles, alternate
 
 OP = "training_step"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.registry import Inputs, Operation, Outputs, Size, as_float64, map_tensors
+from bench.operation import Inputs, Operation, Outputs, Size, as_float64, map_tensors
 
 
 class VerificationError(RuntimeError):
@@ -88,7 +88,7 @@ def bound_for(operation: Operation, size: Size, result: Tensor, dtype: torch.dty
     leaves room for what follows the sum. A result stored in less than fp32 rounds once more, and a gradient
     of inputs in less than fp32 is formed from outputs that were rounded so.
     """
-    longest_sum = max(size.B + size.K, size.D, size.C)
+    longest_sum = operation.longest_sum(size)
     summed = 16.0 * operation.amplification * longest_sum**0.5 * 2.0**-24
     coarse = result.dtype if result.is_floating_point() else torch.float32
     stored = torch.finfo(coarse).eps

@@ -1,4 +1,4 @@
-"""CPU kernels on raw addresses (csrc/bindings.cpp). Callers check dtype, layout and shape first.
+"""CPU kernels on raw addresses (csrc/bindings/). Callers check dtype, layout and shape first.
 
 ``*_dtype`` is 0 for float32 and 1 for bfloat16; every other matrix is float32, labels are int64, all
 contiguous. Sizes and ranges that are wrong raise ValueError.

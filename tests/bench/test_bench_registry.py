@@ -16,8 +16,9 @@ import torch
 
 from bench import records
 from bench.compare import compare
+from bench.operation import Candidate, Operation, Size
 from bench.plot import main as plot
-from bench.registry import OPERATIONS, Candidate, Operation, Size
+from bench.registry import OPERATIONS
 from bench.run import run_operation
 from bench.timing import Quantiles, alternate, paired_ratio
 from bench.verify import VerificationError, bound_for, relative_error

@@ -18,11 +18,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +32,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from mooring_kernels.bank_cross_entropy import gpu as bank_cross_entropy
-from mooring_kernels.calibrate import gpu as calibrate
-from mooring_kernels.class_statistics import gpu as class_statistics
-from mooring_kernels.ring_push import gpu as ring_push
-from mooring_kernels.row_normalise import gpu as row_normalise
+from mooring_kernels.bank_cross_entropy import gpu_cases as bank_cross_entropy
+from mooring_kernels.calibrate import gpu_cases as calibrate
+from mooring_kernels.class_statistics import gpu_cases as class_statistics
+from mooring_kernels.ring_push import gpu_cases as ring_push
+from mooring_kernels.row_normalise import gpu_cases as row_normalise
+
+# Every op with Triton kernels: `cases()` of its gpu_cases.py calls each launcher at the shapes that are used.
+_OPS = (
+    bank_cross_entropy,
+    calibrate,
+    class_statistics,
+    ring_push,
+    row_normalise,
+)
 
 MAX_REGISTERS = 255  # per thread, on every device since sm_35
 # Most shared memory of a block in bytes, by compute capability. The launch checks it, the compiler does not.
@@ -146,50 +154,10 @@ def recorded_launches(case: str) -> Iterator[list[Launch]]:
         JITFunction.run = original  # type: ignore[method-assign]
 
 
-def _bank_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    # ResNet-50; ViT-B with ImageNet's classes; an odd width, where no row but the first is aligned.
-    for rows, width, classes in ((2048, 2048, 200), (2048, 768, 1000), (509, 513, 37)):
-        head, mean, norm = torch.zeros(classes, width), torch.zeros(classes, width), torch.zeros(rows)
-        labels, fresh_labels = torch.zeros(rows, dtype=torch.int64), torch.zeros(64, dtype=torch.int64)
-        rotation = torch.zeros(1, 1).expand(
-            width, width
-        )  # its GEMM is the library's: no need to pay for it here
-        for dtype in (torch.float32, torch.bfloat16):
-            name = f"K{rows}-D{width}-C{classes}-{_TYPES[dtype][1:]}"
-            bank = torch.zeros(rows, width, dtype=dtype)
-            yield name, partial(row_normalise.row_normalise_fwd, bank, 1e-12)
-            for grad_unit, grad_norm in ((bank, None), (None, norm), (bank, norm)):
-                yield name, partial(row_normalise.row_normalise_bwd, grad_unit, grad_norm, bank, norm, 1e-12)
-            yield name, partial(class_statistics.class_statistics_fwd, bank, bank, labels, head, 1.0)
-            for turn in (None, rotation):
-                yield (
-                    name,
-                    partial(calibrate.calibrate_fwd, bank, bank, labels, mean, mean, turn, torch.ones(())),
-                )
-            for field_dtype, normalise in product((torch.float32, torch.bfloat16), (True, False)):
-                field = torch.zeros(64, width, dtype=field_dtype)
-                push = partial(ring_push.ring_push_fwd, [bank, bank], labels, [field, field], fresh_labels)
-                yield f"{name}-from-{_TYPES[field_dtype][1:]}", partial(push, 0, normalise)
-
-
-def _cross_entropy_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    labels, lse, scale = torch.zeros(64, dtype=torch.int64), torch.zeros(64), torch.ones(())
-    for classes, dtype, smoothing in product(
-        (14, 200, 1000, 21841), (torch.float32, torch.bfloat16), (0.0, 0.1)
-    ):
-        name = f"C{classes}-{_TYPES[dtype][1:]}-smooth{smoothing}"
-        logits = torch.zeros(64, classes, dtype=dtype)
-        yield name, partial(bank_cross_entropy.softmax_cross_entropy_rows_fwd, logits, labels, smoothing)
-        yield (
-            name,
-            partial(bank_cross_entropy.softmax_cross_entropy_rows_bwd, logits, labels, lse, scale, smoothing),
-        )
-
-
 def all_launches() -> list[Launch]:
     """Every distinct kernel configuration that the launchers ask for at the shapes that are used."""
     distinct: dict[tuple[Any, ...], Launch] = {}
-    for name, call in chain(_bank_cases(), _cross_entropy_cases()):
+    for name, call in chain.from_iterable(op.cases() for op in _OPS):
         with recorded_launches(name) as launches:
             call()
         for launch in launches:

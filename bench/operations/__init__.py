@@ -1,0 +1,1 @@
+"""One file per benchmarked op; ``bench.registry`` lists them."""
