@@ -49,7 +49,7 @@ FROZEN: dict[str, Any] = {
     "train.eval_size": None,
     "train.precision": "auto",
     "train.channels_last": True,
-    "train.batchnorm": "frozen",
+    "train.batchnorm": "auto",
     "train.clip_grad_norm": None,
     "train.label_smoothing": 0.0,
     "train.mixup": 0.0,

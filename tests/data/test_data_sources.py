@@ -15,7 +15,7 @@ import pytest
 import torch
 from data_cases import encoded, oriented, picture, write, write_splits
 
-from mooring.data.augment import Augmentation, ModelInput, evaluation, preset
+from mooring.data.augment import Augmentation, ModelInput, evaluation, mild, preset
 from mooring.data.batch import Batch, DataSource
 from mooring.data.manifest import Manifest
 from mooring.data.scan import scan
@@ -25,6 +25,7 @@ from mooring.errors import DataError, MissingDependencyError
 
 MODEL = ModelInput(size=32)
 STANDARD, STRONG, TEST = preset("standard", MODEL), preset("strong", MODEL), evaluation(MODEL)
+MILD = mild(MODEL)
 needs_dali = pytest.mark.skipif(not dali_is_installed(), reason="nvidia.dali is not installed")
 KINDS = [pytest.param("torch"), pytest.param("dali", marks=needs_dali)]
 both = pytest.mark.parametrize("kind", KINDS)
@@ -64,7 +65,7 @@ def steps(first: torch.Tensor, second: torch.Tensor, augment: Augmentation) -> t
 
 @both
 def test_a_batch_is_what_the_contract_says(manifest: Manifest, kind: SourceKind) -> None:
-    with train(manifest, kind, views=2) as source:
+    with train(manifest, kind, views=(STANDARD, MILD)) as source:
         assert isinstance(source, DataSource)
         assert len(source) == 24 // 5
         (batch,) = take(source, 1)
@@ -102,12 +103,12 @@ def test_a_state_restores_the_batches_to_come_bit_for_bit(
     manifest: Manifest, kind: SourceKind, taken: int
 ) -> None:
     """At the start, inside, before the last of 4 batches, at the end, inside and at the end of the next."""
-    with train(manifest, kind, augment=STRONG, views=1) as source:
+    with train(manifest, kind, augment=STRONG, views=(STRONG,)) as source:
         take(source, taken)
         state = source.state_dict()
         assert (state["epoch"], state["position"]) == divmod(taken, 4)
         to_come = take(source, 6)
-    with train(manifest, kind, augment=STRONG, views=1, seed=99) as fresh:
+    with train(manifest, kind, augment=STRONG, views=(STRONG,), seed=99) as fresh:
         fresh.load_state_dict(state)
         assert fresh.epoch == taken // 4
         assert_equal(take(fresh, 6), to_come)
@@ -150,7 +151,7 @@ def test_leaving_an_epoch_early_goes_on_where_it_was_left(manifest: Manifest, ki
     [
         ({"batch_size": 4}, "batch_size"),
         ({"augment": STRONG}, "augment"),
-        ({"views": 1}, "views"),
+        ({"views": (MILD,)}, "views"),
         ({"training": False}, "training"),
         ({"world": 2, "batch_size": 5}, "world"),
     ],
@@ -313,7 +314,7 @@ def test_the_sources_make_the_same_batches(manifest: Manifest, name: str, bound:
     augment = TEST if name == "evaluation" else preset(name, MODEL)  # type: ignore[arg-type]
     taken = []
     for kind in ("torch", "dali"):
-        with train(manifest, kind, augment=augment, views=1) as source:
+        with train(manifest, kind, augment=augment, views=(augment,)) as source:
             taken.append(take(source, 8))
     for x, y in zip(*taken, strict=True):
         assert torch.equal(x.ids, y.ids)

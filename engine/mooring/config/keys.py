@@ -14,7 +14,7 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from mooring.config.method_settings import DRTuneSettings, MethodSettings, Settings
+from mooring.config.method_settings import DRTuneSettings, Settings, method_tables
 from mooring.config.schema import RunConfig
 
 # Short forms: the section's own name stands for one of its keys.
@@ -50,12 +50,7 @@ class Key:
     methods: tuple[str, ...] = ()
 
 
-def _method_tables() -> dict[str, type[Settings]]:
-    union = get_args(MethodSettings)[0]
-    return {str(table.model_fields["name"].default): table for table in get_args(union)}
-
-
-METHODS: dict[str, type[Settings]] = _method_tables()
+METHODS: dict[str, type[Settings]] = method_tables()
 
 
 def _without_none(annotation: Any) -> tuple[Any, bool]:
@@ -136,7 +131,7 @@ def _walk() -> Iterator[Key]:
         if section == "method":
             yield Key(
                 name="method.name",
-                expected="one of " + ", ".join(METHODS),
+                expected="one of " + ", ".join(METHODS) + ", or a list of those that combine",
                 default=DEFAULT_METHOD,
                 required=False,
                 description="the fine-tuning method",

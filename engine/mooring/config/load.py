@@ -17,7 +17,8 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from mooring.config.keys import DEFAULT_METHOD, SECTIONS, SHORTHANDS, all_keys, nearest
+from mooring.config.keys import DEFAULT_METHOD, METHODS, SECTIONS, SHORTHANDS, all_keys, nearest
+from mooring.config.method_settings import CombinedSettings, method_names
 from mooring.config.schema import RunConfig
 from mooring.errors import ConfigError
 
@@ -99,7 +100,21 @@ def config_from_toml(text: str) -> RunConfig:
 
 def to_toml(config: RunConfig) -> str:
     """All settings as TOML, with defaults; keys that are None are left out."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+    tree = config.model_dump(mode="json", exclude_none=True)
+    if isinstance(config.method, CombinedSettings):
+        tree["method"] = _flat_methods(config.method)
+    return tomli_w.dumps(tree)
+
+
+def _flat_methods(method: CombinedSettings) -> _Flat:
+    """The names as a list and the settings of all parts in one table, as a user writes them."""
+    table: _Flat = {"name": [part.name for part in method.parts]}
+    tables = [part.model_dump(mode="json", exclude_none=True) for part in method.parts]
+    for key in dict.fromkeys(key for part in tables for key in part if key != "name"):
+        values = [part[key] for part in tables if key in part]
+        if all(value == values[0] for value in values):  # else they are different defaults, and stay so
+            table[key] = values[0]
+    return table
 
 
 def shipped_recipes() -> dict[str, Traversable]:
@@ -178,14 +193,16 @@ def _override(key: str, raw: str) -> Iterable[tuple[str, Any]]:
         value = raw
     if isinstance(value, Mapping):
         return _flatten(value, key + ".")
+    if name == "method.name" and isinstance(value, list):
+        return [(name, value)]
     if known is not None and known.text and not isinstance(value, str):
         value = raw  # data=2024 names a folder, not a number
     return [(name, value)]
 
 
 def _merge(base: _Flat, given: _Flat) -> _Flat:
-    before = base.get("method.name", DEFAULT_METHOD)
-    if given.get("method.name", before) != before:
+    before = method_names(base.get("method.name", DEFAULT_METHOD))
+    if method_names(given.get("method.name", before)) != before:
         base = {key: value for key, value in base.items() if not key.startswith("method.")}
     return base | given
 
@@ -226,9 +243,12 @@ def _unknown(key: str, value: Any, method: Any) -> str | None:
             return got + f"expected a table of settings, such as {example}"
         close = nearest(key, tuple(names))
         return got + "there is no such key" + (f", the nearest is {close}" if close else "")
-    if known.methods and method in names["method.name"].choices and method not in known.methods:
+    chosen = method_names(method)
+    if known.methods and set(chosen) <= set(METHODS) and not set(chosen) & set(known.methods):
         owners = " and ".join(known.methods)
-        return f"{key}: got {_shown(value)}; method {method} has no such key, it belongs to {owners}"
+        return (
+            f"{key}: got {_shown(value)}; method {'+'.join(chosen)} has no such key, it belongs to {owners}"
+        )
     return None
 
 

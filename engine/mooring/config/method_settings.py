@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -91,6 +91,39 @@ class DRTuneSettings(Settings):
         return self
 
 
-MethodSettings = Annotated[
-    FineTuneSettings | LinearProbeSettings | LPFTSettings | DRTuneSettings, Field(discriminator="name")
+SingleMethod = Annotated[
+    FineTuneSettings | LinearProbeSettings | LPFTSettings | DRTuneSettings,
+    Field(discriminator="name"),
 ]
+
+
+class CombinedSettings(Settings):
+    """Several methods at once, ``method = ["daft", "dr_tune"]``; which combine: ``mooring.methods.combined``."""
+
+    name: Literal["combined"] = "combined"
+    parts: tuple[SingleMethod, ...] = Field(min_length=2, strict=False)
+
+    @model_validator(mode="after")
+    def _each_once(self) -> CombinedSettings:
+        names = [part.name for part in self.parts]
+        if len(set(names)) < len(names):
+            raise ValueError(f"each method once; got {', '.join(names)}")
+        return self
+
+
+MethodSettings = Annotated[
+    FineTuneSettings | LinearProbeSettings | LPFTSettings | DRTuneSettings | CombinedSettings,
+    Field(discriminator="name"),
+]
+
+
+def method_tables() -> dict[str, type[Settings]]:
+    """Settings class of each single method, by the method's name."""
+    return {str(table.model_fields["name"].default): table for table in get_args(get_args(SingleMethod)[0])}
+
+
+def method_names(value: object) -> tuple[str, ...]:
+    """The methods that ``method.name`` names: "dr_tune", "daft+dr_tune" or ["daft", "dr_tune"]."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split("+")) if "+" in value else (value,)
+    return tuple(str(part) for part in value) if isinstance(value, list | tuple) else ("",)

@@ -8,7 +8,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mooring.config.method_settings import DRTuneSettings, MethodSettings, Settings
+from mooring.config.method_settings import (
+    DRTuneSettings,
+    MethodSettings,
+    Settings,
+    method_names,
+    method_tables,
+)
 
 
 class DataSettings(Settings):
@@ -93,9 +99,10 @@ class TrainSettings(Settings):
         default="auto", description="auto: bf16 autocast on CUDA, fp32 on CPU"
     )
     channels_last: bool = Field(default=True, description="memory format of images and convolution weights")
-    batchnorm: Literal["train", "frozen"] = Field(
-        default="frozen",
-        description="frozen: keep the pretrained statistics, best on small data and small batches; "
+    batchnorm: Literal["auto", "train", "frozen"] = Field(
+        default="auto",
+        description="auto: what the method is defined with, else frozen; frozen: keep the pretrained "
+        "statistics, best on small data and small batches; "
         "train: batch statistics, as most papers do",
     )
     clip_grad_norm: float | None = Field(
@@ -220,15 +227,29 @@ class RunConfig(Settings):
 
     @field_validator("method", mode="before")
     @classmethod
-    def _name_is_short_for_method(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {"name": value}
-        if isinstance(value, dict) and "name" not in value:
-            return {
-                "name": DRTuneSettings().name,
-                **value,
-            }  # settings without a name are the default method's
-        return value
+    def _short_forms_of_method(cls, value: Any) -> Any:
+        if isinstance(value, str | list | tuple):
+            value = {"name": value}
+        if not isinstance(value, dict):
+            return value
+        if "name" not in value:
+            # settings without a name are the default method's
+            return {"name": DRTuneSettings().name, **value}
+        names = method_names(value["name"])
+        if len(names) == 1:
+            return {**value, "name": names[0]}
+        # each method of a combination takes the settings it has
+        tables = method_tables()
+        settings = {key: inner for key, inner in value.items() if key != "name"}
+        return {
+            "name": "combined",
+            "parts": [
+                {"name": name} | {k: v for k, v in settings.items() if k in tables[name].model_fields}
+                if name in tables
+                else {"name": name}
+                for name in names
+            ],
+        }
 
     @field_validator("out")
     @classmethod

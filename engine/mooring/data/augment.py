@@ -227,6 +227,12 @@ def preset(name: PresetName, model: ModelInput) -> Augmentation:
     raise DataError(f"expected an augmentation preset light, standard or strong; got {name!r}")
 
 
+def mild(model: ModelInput) -> Augmentation:
+    """Random resized crop that keeps at least half of the area, and flip: the second pair of views of
+    Concept-Tuning, whose patches must still show what the peak of the map points at."""
+    return Augmentation(model, RandomResizedCrop((0.5, 1.0)), flip=0.5)
+
+
 def evaluation(model: ModelInput) -> Augmentation:
     """Resize and centre crop, nothing random: validation, test and prediction."""
     return Augmentation(model, CentreCrop(model.crop_pct))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,6 +21,7 @@ class Batch:
             every run, rank and loader.
         views: further augmented views of the same images, name -> [B, 3, H, W].
         targets: [B, C] float32 soft targets where images were mixed (mixup, cutmix); padding rows are zero.
+        source: images of the task the weights were trained for, with labels of that task; None: none this step.
     """
 
     images: Tensor
@@ -28,6 +29,7 @@ class Batch:
     ids: Tensor
     views: Mapping[str, Tensor] = field(default_factory=dict)
     targets: Tensor | None = None
+    source: Batch | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``; copies nothing when it is there already."""
@@ -37,7 +39,13 @@ class Batch:
             self.ids.to(device, non_blocking=True),
             {name: view.to(device, non_blocking=True) for name, view in self.views.items()},
             None if self.targets is None else self.targets.to(device, non_blocking=True),
+            None if self.source is None else self.source.to(device),
         )
+
+
+def named_views(views: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Further views under the names they have in ``Batch.views``: view1, view2, ..."""
+    return {f"view{number}": view for number, view in enumerate(views, start=1)}
 
 
 @runtime_checkable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,10 +45,9 @@ def pipeline_inputs(augment: Augmentation, draws: Draws) -> dict[str, np.ndarray
 
 
 def build_pipeline(
-    augment: Augmentation,
+    augments: Sequence[Augmentation],
     feed: Callable[[], list[Any]],
     *,
-    views: int,
     batch_size: int,
     threads: int,
     device: torch.device,
@@ -59,13 +58,37 @@ def build_pipeline(
     tone curve, chroma matrix) run only on those that do.
 
     Args:
+        augments: of the image itself, then of each further view.
         feed: returns the encoded files of a batch, then ``pipeline_inputs`` of each view; called ahead of
             the outputs; raises StopIteration at the end.
     """
     dali = require(_DALI, needed_for="data.source=dali")
     fn = require("nvidia.dali.fn", needed_for="data.source=dali")
     types = require("nvidia.dali.types", needed_for="data.source=dali")
-    on_gpu = device.type == "cuda"
+    described = [_inputs(augment, types) for augment in augments]
+    views = [_view(augment, fn, types, on_gpu=device.type == "cuda") for augment in augments]
+
+    def graph() -> tuple[Any, ...]:
+        encoded, *numbers = fn.external_source(
+            source=feed,
+            num_outputs=1 + sum(len(names) for names, _, _ in described),
+            dtype=[types.UINT8, *(dtype for _, dtypes, _ in described for dtype in dtypes)],
+            ndim=[1, *(ndim for _, _, dimensions in described for ndim in dimensions)],
+        )
+        pictures = fn.decoders.image(encoded, device=_decoder(device), output_type=types.RGB)
+        rest = iter(numbers)
+        return tuple(
+            view(pictures, {name: next(rest) for name in names})
+            for view, (names, _, _) in zip(views, described, strict=True)
+        )
+
+    return _built(dali, graph, batch_size, threads, device)
+
+
+def _view(
+    augment: Augmentation, fn: Any, types: Any, *, on_gpu: bool
+) -> Callable[[Any, dict[str, Any]], Any]:
+    """The stages from decoded pictures and drawn numbers to one view."""
     resampling = {
         "nearest": types.INTERP_NN,
         "bilinear": types.INTERP_LINEAR,
@@ -134,22 +157,7 @@ def build_pipeline(
             std=(1.0 / scale).tolist(),
         )
 
-    names, dtypes, dimensions = _inputs(augment, types)
-
-    def graph() -> tuple[Any, ...]:
-        encoded, *numbers = fn.external_source(
-            source=feed,
-            num_outputs=1 + (1 + views) * len(names),
-            dtype=[types.UINT8, *dtypes * (1 + views)],
-            ndim=[1, *dimensions * (1 + views)],
-        )
-        pictures = fn.decoders.image(encoded, device=_decoder(device), output_type=types.RGB)
-        return tuple(
-            augmented(pictures, {name: numbers[start + i] for i, name in enumerate(names)})
-            for start in range(0, len(numbers), len(names))
-        )
-
-    return _built(dali, graph, batch_size, threads, device)
+    return augmented
 
 
 def decodes(encoded: np.ndarray, device: torch.device) -> bool:

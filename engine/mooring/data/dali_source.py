@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from mooring.data.augment import Augmentation
-from mooring.data.batch import Batch
+from mooring.data.batch import Batch, named_views
 from mooring.data.dali_pipeline import build_pipeline, decodes, pipeline_inputs
 from mooring.data.draws import draw
 from mooring.data.images import encode_ppm
@@ -45,9 +45,8 @@ class DaliSource(EpochSource):
     def _start(self, requests: Iterator[BatchRequest]) -> BatchStream:
         maker = _DaliBatches(
             self.split,
-            self.augment,
+            self.augments,
             seed=self.seed,
-            view_names=self.view_names,
             batch_size=self.batch_size,
             workers=self.workers,
             device=self.device,
@@ -72,15 +71,14 @@ class _DaliBatches:
     def __init__(
         self,
         split: Split,
-        augment: Augmentation,
+        augments: tuple[Augmentation, ...],
         *,
         seed: int,
-        view_names: tuple[str, ...],
         batch_size: int,
         workers: int,
         device: torch.device,
     ) -> None:
-        self._split, self._augment, self._seed, self._view_names = split, augment, seed, view_names
+        self._split, self._augments, self._seed = split, augments, seed
         self._batch_size, self._workers, self._device = batch_size, workers, device
         self._through_pillow: set[int] = set()
         self._in_flight: deque[_InFlight] = deque()
@@ -124,9 +122,8 @@ class _DaliBatches:
 
     def _build(self, feed: Callable[[], list[Any]]) -> Any:
         return build_pipeline(
-            self._augment,
+            self._augments,
             feed,
-            views=len(self._view_names),
             batch_size=self._batch_size,
             threads=self._workers,
             device=self._device,
@@ -135,9 +132,9 @@ class _DaliBatches:
     def _prepare(self, request: BatchRequest, readers: ThreadPoolExecutor) -> _InFlight:
         ids, labels, sizes = describe(self._split, request.rows)
         inputs: list[Any] = [list(readers.map(self._encoded, request.rows.tolist()))]
-        for view in range(1 + len(self._view_names)):
-            draws = draw(self._augment, sizes, ids, seed=self._seed, epoch=request.epoch, view=view)
-            inputs.extend(pipeline_inputs(self._augment, draws).values())
+        for view, augment in enumerate(self._augments):
+            draws = draw(augment, sizes, ids, seed=self._seed, epoch=request.epoch, view=view)
+            inputs.extend(pipeline_inputs(augment, draws).values())
         return _InFlight(request, ids, labels, inputs)
 
     def _encoded(self, row: int) -> np.ndarray:
@@ -162,7 +159,7 @@ class _DaliBatches:
             images,
             torch.from_numpy(item.labels),
             torch.from_numpy(item.ids),
-            dict(zip(self._view_names, views, strict=True)),
+            named_views(views),
         )
 
     def _recover(self, error: Exception) -> None:

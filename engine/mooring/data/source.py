@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
@@ -41,7 +41,7 @@ class EpochSource(ABC):
         seed: of order and augmentation.
         rank, world: this process and how many share the split.
         workers: threads or processes that decode; batches do not depend on it.
-        views: further augmented views per picture, ``view1`` to ``view<n>``, each drawn independently.
+        views: augmentations of further views of each picture, ``view1`` to ``view<n>``, each drawn independently.
         device: where the batches lie.
         drop_last: leave out the incomplete last batch instead of padding it; None: when training.
 
@@ -62,14 +62,14 @@ class EpochSource(ABC):
         rank: int = 0,
         world: int = 1,
         workers: int = 1,
-        views: int = 0,
+        views: Sequence[Augmentation] = (),
         device: torch.device | str = "cpu",
         drop_last: bool | None = None,
     ) -> None:
-        if workers < 1 or views < 0:
-            raise DataError(f"expected workers >= 1 and views >= 0; got {workers} and {views}")
+        if workers < 1:
+            raise DataError(f"expected workers >= 1; got {workers}")
         self.split, self.augment, self.training = split, augment, training
-        self.workers, self.views, self.device = workers, views, torch.device(device)
+        self.workers, self.views, self.device = workers, tuple(views), torch.device(device)
         self._order = EpochOrder(
             len(split),
             batch_size,
@@ -105,9 +105,9 @@ class EpochSource(ABC):
         return self._order.batch_size
 
     @property
-    def view_names(self) -> tuple[str, ...]:
-        """Names of the further views in ``Batch.views``."""
-        return tuple(f"view{number}" for number in range(1, self.views + 1))
+    def augments(self) -> tuple[Augmentation, ...]:
+        """Of the image itself, then of each further view."""
+        return (self.augment, *self.views)
 
     def __len__(self) -> int:
         return len(self._order)
@@ -207,7 +207,7 @@ class EpochSource(ABC):
             "world": self._order.world,
             "training": self.training,
             "drop_last": self._order.drop_last,
-            "views": self.views,
+            "views": [view.fingerprint for view in self.views],
         }
 
     def rewind(self) -> None:

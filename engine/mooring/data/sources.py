@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -34,7 +35,7 @@ def make_source(
     rank: int = 0,
     world: int = 1,
     workers: int = 1,
-    views: int = 0,
+    views: Sequence[Augmentation] = (),
     device: torch.device | str = "cpu",
     drop_last: bool | None = None,
 ) -> EpochSource:

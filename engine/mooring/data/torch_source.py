@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from mooring.data.augment import Augmentation
-from mooring.data.batch import Batch
+from mooring.data.batch import Batch, named_views
 from mooring.data.draws import draw
 from mooring.data.manifest import Split
 from mooring.data.order import BatchRequest
@@ -28,7 +28,7 @@ class TorchSource(EpochSource):
     kind = "torch"
 
     def _start(self, requests: Iterator[BatchRequest]) -> BatchStream:
-        maker = _BatchMaker(self.split, self.augment, self.seed, self.view_names)
+        maker = _BatchMaker(self.split, self.augments, self.seed)
         if self.workers == 1:
             return Prefetcher(_make_here(maker, requests, self.device))
         return _WorkerStream(maker, requests, self.workers, self.device)
@@ -37,8 +37,8 @@ class TorchSource(EpochSource):
 class _BatchMaker(Dataset[Any]):
     """Request -> batch. A data error comes back as a value: a DataLoader would bury it in a traceback."""
 
-    def __init__(self, split: Split, augment: Augmentation, seed: int, view_names: tuple[str, ...]) -> None:
-        self.split, self.augment, self.seed, self.view_names = split, augment, seed, view_names
+    def __init__(self, split: Split, augments: tuple[Augmentation, ...], seed: int) -> None:
+        self.split, self.augments, self.seed = split, augments, seed
 
     def __getitem__(self, request: BatchRequest) -> Batch | DataError:
         try:
@@ -48,23 +48,23 @@ class _BatchMaker(Dataset[Any]):
 
     def _make(self, request: BatchRequest) -> Batch:
         ids, labels, sizes = describe(self.split, request.rows)
-        count, side = len(ids), self.augment.input.size
         draws = [
-            draw(self.augment, sizes, ids, seed=self.seed, epoch=request.epoch, view=view)
-            for view in range(1 + len(self.view_names))
+            draw(augment, sizes, ids, seed=self.seed, epoch=request.epoch, view=view)
+            for view, augment in enumerate(self.augments)
         ]
-        pixels = [np.empty((count, side, side, 3), np.float32) for _ in draws]
+        sides = [augment.input.size for augment in self.augments]
+        pixels = [np.empty((len(ids), side, side, 3), np.float32) for side in sides]
         for i, row in enumerate(request.rows):
             image = self._picture(int(row))
-            for view, drawn in zip(pixels, draws, strict=True):
-                view[i] = render(image, self.augment, drawn, i)
+            for view, augment, drawn in zip(pixels, self.augments, draws, strict=True):
+                view[i] = render(image, augment, drawn, i)
         # [B, S, S, 3] in memory is exactly [B, 3, S, S] in channels_last
         images, *views = (torch.from_numpy(view).permute(0, 3, 1, 2) for view in pixels)
         return Batch(
             images,
             torch.from_numpy(labels),
             torch.from_numpy(ids),
-            dict(zip(self.view_names, views, strict=True)),
+            named_views(views),
         )
 
     def _picture(self, row: int) -> Image.Image:

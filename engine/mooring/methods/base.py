@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
 from mooring.data.batch import Batch
+from mooring.methods.classification import batch_cross_entropy, batch_metrics
+from mooring.methods.forward import Forward
+from mooring.models.batchnorm import FrozenEncoder, frozen_copy
 
 # Nested dicts whose leaves are tensors, numbers, strings, booleans or None.
 StateTree = dict[str, Any]
@@ -18,12 +21,17 @@ StateTree = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a method asks the engine for, declared on the class."""
+    """What a method asks the engine for."""
 
-    views: int = 0  # extra augmented views per image
+    views: tuple[str, ...] = ()  # augmentations of further views of each image: Batch.views["view1"], ...
     frozen_encoder: bool = False  # a second, untrained copy of the encoder
     warm_up: bool = False  # a pass over training images before the first step
+    feature_map: bool = False  # Forward.feature_map
     mixing: bool = True  # mixup / cutmix are defined for this method
+    batchnorm: Literal["train", "frozen"] | None = None  # what train.batchnorm=auto means; None: frozen
+    text_features: bool = False  # Resources.text_features
+    source_head: bool = False  # Resources.source_head: the classifier of the pretrained weights
+    source_stream: bool = False  # Batch.source: images of the task the weights were trained for
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,7 @@ class SetupContext:
         total_steps, steps_per_epoch: optimizer steps.
         autocast: a context factory for the run's precision.
         seed: the run's seed, for generators of the method's own.
+        head_lr: peak learning rate of the head as configured; None outside the engine.
     """
 
     device: torch.device
@@ -66,6 +75,24 @@ class SetupContext:
     steps_per_epoch: int
     autocast: Callable[[], Any]
     seed: int = 0
+    head_lr: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a method may need beside encoder and head; the engine fills in what ``Needs`` asks for.
+
+    Attributes:
+        classes: class names by label.
+        text_features: [C, d] float32 unit rows, one per class name.
+        source_head: the classifier that the pretrained weights came with, D -> C_S.
+        image_size: height = width of the training images in pixels.
+    """
+
+    classes: tuple[str, ...] = ()
+    text_features: Tensor | None = None
+    source_head: nn.Linear | None = None
+    image_size: int | None = None
 
 
 @dataclass(slots=True)
@@ -89,13 +116,20 @@ class Method(nn.Module):
     """A fine-tuning method: the trainable modules and the loss. Owns no loop, optimizer or logger.
 
     A subclass sets ``Config`` (its settings), ``needs`` and ``name``, and is found by name through
-    ``mooring.methods.registry``.
+    ``mooring.methods.registry``. Its loss is made of three parts, so that methods can run together
+    (``mooring.methods.combined``) on one forward of the encoder:
+
+        loss = widened(classification + sum of additions)
+
+    ``classification`` is the mean loss of the batch rows, plain cross-entropy unless overridden; ``additions``
+    are further terms about the batch or the weights; ``widened`` may extend the mean over more rows.
 
     Args:
         encoder: maps [B, 3, H, W] to pooled features [B, D]; trained in place.
         head: the classifier, maps [B, D] to logits [B, C]; ``head.weight`` is [C, D].
         settings: an instance of ``Config``.
         label_smoothing: share of each target spread evenly over the classes.
+        resources: what the method needs beside these; None: nothing.
     """
 
     Config: ClassVar[type[BaseModel]]
@@ -103,38 +137,103 @@ class Method(nn.Module):
     name: ClassVar[str]
 
     def __init__(
-        self, encoder: nn.Module, head: nn.Linear, settings: BaseModel, *, label_smoothing: float = 0.0
+        self,
+        encoder: nn.Module,
+        head: nn.Linear,
+        settings: BaseModel,
+        *,
+        label_smoothing: float = 0.0,
+        resources: Resources | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
         self.settings = settings
         self.label_smoothing = label_smoothing
+        self.resources = resources or Resources()
+        self.requirements = self.needs_of(settings)
+        # In a tuple, so that it is no submodule: never wrapped, saved, trained or put in train mode.
+        self._frozen: tuple[FrozenEncoder, ...] = ()
 
-    @staticmethod
-    def targets(batch: Batch) -> Tensor:
-        """Soft targets [B, C] where images were mixed, else labels [B]."""
-        return batch.labels if batch.targets is None else batch.targets
+    @classmethod
+    def needs_of(cls, settings: BaseModel) -> Needs:
+        """What the method asks for under these settings."""
+        return cls.needs
+
+    # ---------------------------------------------------------------- networks
+
+    @property
+    def frozen_encoder(self) -> FrozenEncoder:
+        """The untrained copy of the encoder, taken by ``keep_frozen_copy``."""
+        return self._frozen[0]
+
+    def keep_frozen_copy(self) -> None:
+        """Takes the frozen copy from the encoder as it is now. Call it in ``__init__``, before any training."""
+        self._frozen = (frozen_copy(self.encoder),)
+
+    def share_frozen_copy(self, frozen: FrozenEncoder) -> None:
+        """Uses a frozen copy that another method keeps."""
+        self._frozen = (frozen,)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        for frozen in self._frozen:
+            frozen._apply(fn)  # follows .to(device), though it is no submodule
+        return self
+
+    # ---------------------------------------------------------------- a run
 
     def setup(self, context: SetupContext) -> None:
         """Called once per run, before the first step; never after a resume."""
 
-    def forward(self, batch: Batch, at: At) -> StepOutput:
-        raise NotImplementedError
-
     def before_step(self, at: At) -> None:
         """Called before the forwards of an optimizer step."""
 
+    def forward(self, batch: Batch, at: At) -> StepOutput:
+        run = Forward(self, batch, wants_map=self.requirements.feature_map)
+        additions = self.additions(run, at)
+        loss = self.widened(sum(additions.values(), self.classification(run, at)), run, at)
+        metrics = batch_metrics(loss, run.logits, run.targets)
+        metrics |= {f"loss_{name}": term.detach().float() for name, term in additions.items()}
+        return StepOutput(loss, run.logits, metrics, self.pushed(run))
+
+    def classification(self, run: Forward, at: At) -> Tensor:
+        """Mean loss over the valid rows of the batch, fp32 scalar."""
+        return batch_cross_entropy(run.logits, run.targets, self.label_smoothing)
+
+    def additions(self, run: Forward, at: At) -> dict[str, Tensor]:
+        """Further fp32 terms of the loss, weights included, by the name they are logged under."""
+        return {}
+
+    def widened(self, loss: Tensor, run: Forward, at: At) -> Tensor:
+        """The loss of the batch rows, extended over further rows."""
+        return loss
+
+    def pushed(self, run: Forward) -> Mapping[str, Tensor]:
+        """Rows to enqueue after the step, name -> [B, ...], detached."""
+        return {}
+
     def after_step(self, outputs: list[StepOutput], batches: list[Batch], at: At) -> None:
         """Called once per optimizer step with the outputs of its micro-batches, in order."""
+
+    def source_rows(self, at: At) -> int:
+        """Rows of the source stream that this step reads, where ``needs.source_stream``; a function of ``at`` alone."""
+        return 0
+
+    # ---------------------------------------------------------------- optimizer
 
     def parameter_roles(self) -> Mapping[str, list[nn.Parameter]]:
         """Trainable parameters by role: ``backbone``, ``head``, ``auxiliary``."""
         return {
             "backbone": [p for p in self.encoder.parameters() if p.requires_grad],
             "head": [p for p in self.head.parameters() if p.requires_grad],
-            "auxiliary": [],
+            "auxiliary": self.auxiliary_parameters(),
         }
+
+    def auxiliary_parameters(self) -> list[nn.Parameter]:
+        """Trainable parameters that are neither the encoder's nor the head's."""
+        owned = {id(p) for module in (self.encoder, self.head) for p in module.parameters()}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in owned]
 
     def head_lr_multiplier(self, batch_size: int, optimizer: str) -> float:
         """Head learning rate over backbone learning rate where the user set none."""
@@ -143,6 +242,8 @@ class Method(nn.Module):
     def lr_factors(self, at: At) -> Mapping[str, float]:
         """Factor on the scheduled learning rate by role, for methods with phases; 1 where none is given."""
         return {}
+
+    # ---------------------------------------------------------------- inference and state
 
     def predict(self, images: Tensor) -> Tensor:
         """Inference logits [B, C] for normalised images [B, 3, H, W]."""

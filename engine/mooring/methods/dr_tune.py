@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +22,7 @@ from mooring.methods.bank import BankSpec, FeatureBank
 from mooring.methods.base import At, Method, Needs, SetupContext, StateTree, StepOutput
 from mooring.methods.classification import batch_metrics
 from mooring.methods.dr_tune_paper import paper_calibration
-from mooring.models.batchnorm import frozen_copy
+from mooring.methods.forward import Forward
 from mooring_kernels import bank_cross_entropy, calibrate, procrustes_rotation
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -55,12 +55,9 @@ class DRTune(Method):
     settings: DRTuneSettings
     rotation: Tensor | None
 
-    def __init__(
-        self, encoder: nn.Module, head: nn.Linear, settings: BaseModel, *, label_smoothing: float = 0.0
-    ) -> None:
-        super().__init__(encoder, head, settings, label_smoothing=label_smoothing)
-        # In a tuple, so that it is no submodule: never wrapped, saved, trained or put in train mode.
-        self._frozen = (frozen_copy(encoder),)
+    def __init__(self, encoder: nn.Module, head: nn.Linear, settings: BaseModel, **options: Any) -> None:
+        super().__init__(encoder, head, settings, **options)
+        self.keep_frozen_copy()
         self._bank = self._empty_bank(head.weight.device)
         self.rotation = None
         self._digest: str | None = None
@@ -68,10 +65,6 @@ class DRTune(Method):
     @property
     def bank(self) -> FeatureBank:
         return self._bank
-
-    @property
-    def frozen_encoder(self) -> nn.Module:
-        return self._frozen[0]
 
     def _empty_bank(self, device: torch.device) -> FeatureBank:
         width = self.head.in_features
@@ -85,7 +78,6 @@ class DRTune(Method):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DRTune:
         super()._apply(fn, recurse)
-        self.frozen_encoder._apply(fn)  # follows .to(device), though it is no submodule
         device = self.head.weight.device
         if self._bank.view().labels.device != device:
             moved = self._empty_bank(device)
@@ -107,18 +99,13 @@ class DRTune(Method):
             return
         for batch in context.warm_up():
             with context.autocast():
-                features = self._frozen_features(batch.images)
+                features = Forward(self, batch).frozen_features
             room = rows - len(self.bank)
             self.bank.push(
                 {"frozen": features[:room], "tuned": features[:room]}, batch.labels[:room], batch.ids[:room]
             )
             if len(self.bank) >= rows:
                 break
-
-    def _frozen_features(self, images: Tensor) -> Tensor:
-        with torch.inference_mode():
-            features = self.frozen_encoder(images)
-        return features.float().clone()  # the clone is an ordinary tensor, usable in ops with autograd
 
     def _rotates(self, at: At) -> bool:
         """Whether the bank is rotated in this step: a matter of the global step alone."""
@@ -149,59 +136,69 @@ class DRTune(Method):
             )
 
     def forward(self, batch: Batch, at: At) -> StepOutput:
-        classes = self.head.out_features
-        # on the device, without waiting for it: what enters the bank must be a class or padding
-        torch._assert_async(
-            ((batch.labels >= -1) & (batch.labels < classes)).all(),
-            f"labels must be -1 (padding) or 0..{classes - 1}",
-        )
-        features = self.encoder(batch.images)
-        frozen = self._frozen_features(batch.images) if self.settings.bank_size else None
-        with torch.autocast(features.device.type, enabled=False):
-            features = features.float()
-            loss, logits = self._loss(features, batch.labels, at)
-        metrics = batch_metrics(loss, logits, batch.labels)
-        if frozen is None:
-            return StepOutput(loss, logits, metrics)
-        return StepOutput(loss, logits, metrics, {"frozen": frozen, "tuned": features.detach()})
+        run = Forward(self, batch)
+        with torch.autocast(run.features.device.type, enabled=False):
+            loss, logits = self._loss(run, at)
+        return StepOutput(loss, logits, batch_metrics(loss, logits, batch.labels), self.pushed(run))
 
-    def _loss(self, features: Tensor, labels: Tensor, at: At) -> tuple[Tensor, Tensor]:
-        """Loss and logits [B, C] for fp32 features [B, D]. Reads the head's parameters: call inside forward."""
-        settings, head = self.settings, self.head
-        bank = self.bank.view()
-        valid = labels >= 0
-        rotation = self.rotation if self._rotates(at) else None
-        rows = (bank["frozen"], bank["tuned"], bank.labels, head.weight.detach(), rotation)
-        if settings.calibration == "paper":
-            calibrated = paper_calibration(*rows, translation=settings.translation)
-        else:
-            # mean over the valid rows: a padding row must not pull the scale
-            norms = torch.linalg.vector_norm(features.detach(), dim=1) * valid
-            scale = norms.sum() / valid.sum().clamp_min(1)
-            calibrated = calibrate(
-                *rows, scale, cga_scale=settings.cga_scale, translation=settings.translation
-            )
-        smoothing = self.label_smoothing
-        if at.micros == 1 and settings.loss_form == "mean":
+    def _loss(self, run: Forward, at: At) -> tuple[Tensor, Tensor]:
+        """Loss and logits [B, C]. Reads the head's parameters: call inside forward."""
+        head, features, labels = self.head, run.features.float(), run.batch.labels
+        bank, smoothing = self.bank.view(), self.label_smoothing
+        if at.micros == 1 and self.settings.loss_form == "mean":
             return bank_cross_entropy(
-                features, labels, calibrated, bank.labels, head.weight, head.bias,
+                features, labels, self._calibrated(run, at), bank.labels, head.weight, head.bias,
                 label_smoothing=smoothing, return_logits=True,
             )  # fmt: skip
-        # The engine averages micro-batches, so each one counts the bank once and its own rows `micros`
-        # times: their average is (sum over all batch rows + sum over the bank) / (A B + n), exact where the
-        # micro-batches have equally many valid rows.
         batch_mean, logits = bank_cross_entropy(
-            features, labels, calibrated[:0], bank.labels[:0], head.weight, head.bias,
+            features, labels, bank["frozen"][:0], bank.labels[:0], head.weight, head.bias,
             label_smoothing=smoothing, return_logits=True,
         )  # fmt: skip
-        bank_mean = bank_cross_entropy(
-            features[:0], labels[:0], calibrated, bank.labels, head.weight, head.bias,
-            label_smoothing=smoothing,
-        )  # fmt: skip
-        batch_rows = valid.sum().clamp_min(1) * at.micros
+        return self.widened(batch_mean, run, at), logits
+
+    def widened(self, loss: Tensor, run: Forward, at: At) -> Tensor:
+        """``(A B loss + sum_k CE(G_k, l_k)) / (A B + n)`` over A micro-batches; the form of the paper divides by A B.
+
+        The engine averages micro-batches, so each one counts the bank once and its own rows A times: their
+        average is (sum over all batch rows + sum over the bank) / (A B + n), exact where the micro-batches
+        have equally many valid rows. Terms of other methods count as part of the batch rows' loss, so that
+        their weight relative to it stays what it is without a bank.
+        """
+        if self.settings.bank_size == 0:
+            return loss
+        bank, features, labels = self.bank.view(), run.features, run.batch.labels
+        with torch.autocast(features.device.type, enabled=False):
+            bank_mean = bank_cross_entropy(
+                features[:0].float(), labels[:0], self._calibrated(run, at), bank.labels,
+                self.head.weight, self.head.bias, label_smoothing=self.label_smoothing,
+            )  # fmt: skip
+        batch_rows = run.valid.sum().clamp_min(1) * at.micros
         bank_rows = (bank.labels >= 0).sum()
-        normaliser = batch_rows if settings.loss_form == "paper" else batch_rows + bank_rows
-        return (batch_rows * batch_mean + bank_rows * bank_mean) / normaliser, logits
+        normaliser = batch_rows if self.settings.loss_form == "paper" else batch_rows + bank_rows
+        return (batch_rows * loss + bank_rows * bank_mean) / normaliser
+
+    def _calibrated(self, run: Forward, at: At) -> Tensor:
+        """The bank's frozen rows where the tuned features lie now, [K, D] fp32, without graph."""
+        settings, bank = self.settings, self.bank.view()
+        rotation = self.rotation if self._rotates(at) else None
+        rows = (bank["frozen"], bank["tuned"], bank.labels, self.head.weight.detach(), rotation)
+        if settings.calibration == "paper":
+            return paper_calibration(*rows, translation=settings.translation)
+        # mean over the valid rows: a padding row must not pull the scale
+        norms = torch.linalg.vector_norm(run.features.detach().float(), dim=1) * run.valid
+        scale = norms.sum() / run.valid.sum().clamp_min(1)
+        return calibrate(*rows, scale, cga_scale=settings.cga_scale, translation=settings.translation)
+
+    def pushed(self, run: Forward) -> Mapping[str, Tensor]:
+        if self.settings.bank_size == 0:
+            return {}
+        labels, classes = run.batch.labels, self.head.out_features
+        # on the device, without waiting for it: what enters the bank must be a class or padding
+        torch._assert_async(
+            ((labels >= -1) & (labels < classes)).all(),
+            f"labels must be -1 (padding) or 0..{classes - 1}",
+        )
+        return {"frozen": run.frozen_features, "tuned": run.features.detach().float()}
 
     @torch.no_grad()
     def after_step(self, outputs: list[StepOutput], batches: list[Batch], at: At) -> None:

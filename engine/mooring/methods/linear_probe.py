@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel
@@ -30,10 +30,8 @@ class LinearProbe(Method):
     name: ClassVar[str] = "linear_probe"
     needs: ClassVar[Needs] = Needs(warm_up=True)
 
-    def __init__(
-        self, encoder: nn.Module, head: nn.Linear, settings: BaseModel, *, label_smoothing: float = 0.0
-    ) -> None:
-        super().__init__(encoder, head, settings, label_smoothing=label_smoothing)
+    def __init__(self, encoder: nn.Module, head: nn.Linear, settings: BaseModel, **options: Any) -> None:
+        super().__init__(encoder, head, settings, **options)
         encoder.requires_grad_(False)
         self.register_buffer("feature_mean", torch.zeros(head.in_features))
         self.register_buffer("feature_std", torch.ones(head.in_features))
@@ -71,7 +69,7 @@ class LinearProbe(Method):
 
     def forward(self, batch: Batch, at: At) -> StepOutput:
         logits = self._logits(batch.images)
-        targets = self.targets(batch)
+        targets = batch.labels if batch.targets is None else batch.targets
         loss = batch_cross_entropy(logits, targets, self.label_smoothing)
         return StepOutput(loss, logits, batch_metrics(loss, logits, targets))
 

@@ -41,7 +41,7 @@ class LPFT(Method):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not probing):
             features = self.encoder(batch.images)
         logits = self.head(features)
-        targets = self.targets(batch)
+        targets = batch.labels if batch.targets is None else batch.targets
         loss = batch_cross_entropy(logits, targets, self.label_smoothing)
         return StepOutput(loss, logits, batch_metrics(loss, logits, targets))
 

@@ -6,9 +6,10 @@ import difflib
 
 from torch import nn
 
-from mooring.config.method_settings import Settings
+from mooring.config.method_settings import CombinedSettings, Settings
 from mooring.errors import ConfigError
-from mooring.methods.base import Method
+from mooring.methods.base import Method, Needs, Resources
+from mooring.methods.combined import Combined, check_combination, merged_needs, ordered
 from mooring.methods.dr_tune import DRTune
 from mooring.methods.fine_tune import FineTune
 from mooring.methods.linear_probe import LinearProbe
@@ -30,8 +31,25 @@ def method_class(name: str) -> type[Method]:
     raise ConfigError(f"method.name: got {name!r}, expected one of {', '.join(METHODS)}{hint}")
 
 
+def needs_of(settings: Settings) -> Needs:
+    """What the method, or all methods together, ask the engine for.
+
+    Raises:
+        ConfigError: the methods do not combine.
+    """
+    if isinstance(settings, CombinedSettings):
+        check_combination([part.name for part in settings.parts])
+        return merged_needs([method_class(part.name).needs_of(part) for part in settings.parts])
+    return method_class(str(getattr(settings, "name", ""))).needs_of(settings)
+
+
 def build_method(
-    settings: Settings, encoder: nn.Module, head: nn.Linear, *, label_smoothing: float = 0.0
+    settings: Settings,
+    encoder: nn.Module,
+    head: nn.Linear,
+    *,
+    label_smoothing: float = 0.0,
+    resources: Resources | None = None,
 ) -> Method:
     """The method that ``settings`` describe, around ``encoder`` and ``head``.
 
@@ -40,6 +58,19 @@ def build_method(
         encoder: pretrained, maps [B, 3, H, W] to [B, D].
         head: D -> C.
         label_smoothing: share of each target spread evenly over the classes.
+        resources: what the method's ``needs_of(settings)`` asks for; None: nothing.
     """
+    if isinstance(settings, CombinedSettings):
+        check_combination([part.name for part in settings.parts])
+        tables: dict[str, Settings] = {part.name: part for part in settings.parts}
+        parts = [
+            method_class(name)(
+                encoder, head, tables[name], label_smoothing=label_smoothing, resources=resources
+            )
+            for name in ordered(list(tables))
+        ]
+        return Combined(
+            encoder, head, settings, parts=parts, label_smoothing=label_smoothing, resources=resources
+        )
     cls = method_class(str(getattr(settings, "name", "")))
-    return cls(encoder, head, settings, label_smoothing=label_smoothing)
+    return cls(encoder, head, settings, label_smoothing=label_smoothing, resources=resources)

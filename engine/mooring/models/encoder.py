@@ -109,7 +109,7 @@ def build_encoder(
         ConfigError: unknown model, or an option it does not have.
         WeightsError: the weights are missing, unsafe, or for another model.
     """
-    architecture, cfg, model_args = _described(name)
+    architecture, cfg, model_args = described(name)
     if image_size is not None and cfg.get("fixed_input_size", False):
         model_args["img_size"] = image_size
     drops = {"drop_rate": drop_rate, "drop_path_rate": drop_path_rate}
@@ -124,7 +124,7 @@ def build_encoder(
         with torch.random.fork_rng(devices=[]):
             return set(create(num_classes=2).state_dict()) - set(create().state_dict())
 
-    file = _weights_file(name, weights, cache_dir)
+    file = weights_file(name, weights, cache_dir)
     try:
         model = create()
     except TypeError as err:
@@ -136,11 +136,11 @@ def build_encoder(
     if file is not None:
         load_into(model, read_state_dict(file), source=str(file), classifier_keys=classifier_keys)
     elif str(weights) == "auto":
-        model = _from_timm(name, create, cached_weights(name, cache_dir))
+        model = from_timm(name, create, cached_weights(name, cache_dir))
     return Encoder(model, name, model_args, image_size)
 
 
-def _described(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def described(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Architecture, pretrained_cfg and model arguments of a model, before it is built."""
     if name.startswith(LOCAL_DIR):
         return _described_folder(Path(name.removeprefix(LOCAL_DIR)))
@@ -185,8 +185,8 @@ def _described_folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]
     return architecture, dict(cfg), dict(config.get("model_args") or {})
 
 
-def _weights_file(name: str, weights: str | Path, cache_dir: str | Path | None) -> Path | None:
-    """The file to read, or None for random weights and for timm's own."""
+def weights_file(name: str, weights: str | Path, cache_dir: str | Path | None) -> Path | None:
+    """The file that ``weights`` of ``build_encoder`` means, or None for random weights and for timm's own."""
     if str(weights) == "none":
         return None
     if str(weights) != "auto":
@@ -206,7 +206,8 @@ def _weights_file(name: str, weights: str | Path, cache_dir: str | Path | None) 
     raise WeightsError(f"{folder} holds none of {', '.join(_FOLDER_FILES)}: give model.weights=FILE or none")
 
 
-def _from_timm(name: str, create: Callable[..., nn.Module], cached: Path) -> nn.Module:
+def from_timm(name: str, create: Callable[..., nn.Module], cached: Path) -> nn.Module:
+    """A model with timm's own pretrained weights, from its cache or its download."""
     cfg = timm.models.get_pretrained_cfg(name)
     if cfg is None or not cfg.has_weights:
         raise WeightsError(

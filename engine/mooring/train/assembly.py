@@ -11,20 +11,21 @@ import torch
 from torch.optim import Optimizer
 
 from mooring.config.schema import RunConfig
-from mooring.data.augment import ModelInput, evaluation, preset
+from mooring.data.augment import ModelInput, evaluation, mild, preset
 from mooring.data.cache import open_manifest
 from mooring.data.manifest import Manifest
 from mooring.data.source import EpochSource
 from mooring.data.sources import make_source
 from mooring.errors import ConfigError
-from mooring.methods.base import Method
-from mooring.methods.registry import build_method, method_class
+from mooring.methods.base import Method, Needs, Resources
+from mooring.methods.registry import build_method, needs_of
 from mooring.models.batchnorm import freeze_statistics, parameter_count
 from mooring.models.ema import WeightEMA
 from mooring.models.encoder import Encoder, build_encoder
 from mooring.models.export import assemble as assemble_export
 from mooring.models.groups import parameter_groups
 from mooring.models.head import build_head
+from mooring.models.pretrained_head import pretrained_head
 from mooring.models.weights import cache_folder
 from mooring.train.local_backend import LocalBackend
 from mooring.train.optimizers import build_optimizer, default_lr
@@ -50,6 +51,7 @@ class Parts:
     train_source: EpochSource
     val_source: EpochSource
     test_source: EpochSource | None
+    source_stream: EpochSource | None
     warm_up_source: Callable[[], EpochSource]
     eval_size: int
     precision: str
@@ -105,7 +107,8 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
     Raises:
         MooringError: settings, data or weights cannot be used; says what to do.
     """
-    _check_mixing(config)
+    needs = needs_of(config.method)
+    _check_mixing(config, needs)
     device = choose_device(config.train.device)
     precision = choose_precision(config.train.precision, device)
     backend = LocalBackend(device, precision)
@@ -119,8 +122,11 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
     assemble_export(encoder, head)  # an architecture that cannot be exported is refused now, not at the end
     if train.channels_last:
         _to_channels_last(encoder)
-    method = build_method(config.method, encoder, head, label_smoothing=train.label_smoothing).to(device)
-    if train.batchnorm == "frozen":
+    resources = _resources(config, needs, manifest, encoder)
+    method = build_method(
+        config.method, encoder, head, label_smoothing=train.label_smoothing, resources=resources
+    ).to(device)
+    if (needs.batchnorm or "frozen" if train.batchnorm == "auto" else train.batchnorm) == "frozen":
         freeze_statistics(encoder)
     if train.compile:
         encoder.compile()  # in place: names of parameters stay
@@ -128,6 +134,7 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
     train_size, eval_size = _sizes(config, encoder)
     model_input = ModelInput.from_model_config(encoder.data_config, size=train_size)
     training = preset(config.data.augment, model_input)
+    views = [{"train": training, "mild": mild(model_input)}[view] for view in needs.views]
     testing = evaluation(ModelInput.from_model_config(encoder.data_config, size=eval_size))
 
     def source(split: str, *, is_training: bool, seed: int = config.seed) -> EpochSource:
@@ -139,7 +146,7 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
             training=is_training,
             seed=seed,
             workers=config.data.workers,
-            views=method.needs.views if is_training else 0,
+            views=views if is_training else (),
             device=device,
         )
 
@@ -173,12 +180,29 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
         train_source=train_source,
         val_source=source("val", is_training=False),
         test_source=source("test", is_training=False) if "test" in manifest.counts else None,
+        source_stream=None,
         warm_up_source=warm_up_source,
         eval_size=eval_size,
         precision=precision,
         lr=lr,
         head_lr=lr * multiplier,
         steps_per_epoch=steps_per_epoch,
+    )
+
+
+def _resources(config: RunConfig, needs: Needs, manifest: Manifest, encoder: Encoder) -> Resources:
+    """What the method needs beside encoder and head.
+
+    Raises:
+        MooringError: it is not to be had; says how to get it.
+    """
+    source_head = None
+    if needs.source_head:
+        source_head = pretrained_head(config.model.name, encoder.feature_dim, weights=config.model.weights)
+    return Resources(
+        classes=manifest.classes,
+        source_head=source_head,
+        image_size=config.train.image_size or int(encoder.data_config["input_size"][-1]),
     )
 
 
@@ -248,8 +272,8 @@ def _fitting_batch(config: RunConfig, images: int) -> RunConfig:
     return config.model_copy(update={"train": train.model_copy(update={"batch_size": images})})
 
 
-def _check_mixing(config: RunConfig) -> None:
-    if method_class(config.method.name).needs.mixing or not (config.train.mixup or config.train.cutmix):
+def _check_mixing(config: RunConfig, needs: Needs) -> None:
+    if needs.mixing or not (config.train.mixup or config.train.cutmix):
         return
     raise ConfigError(
         f"method.name={config.method.name} does not define mixup or cutmix (its bank holds one label a row): "

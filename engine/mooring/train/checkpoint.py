@@ -32,6 +32,7 @@ def engine_state(engine: Engine) -> dict[str, Any]:
         "optimizer": _optimizer_state(engine.optimizer),
         "ema": None if engine.ema is None else engine.ema.state_dict(),
         "source": engine.train_source.state_dict(),
+        "source_stream": None if engine.source_stream is None else engine.source_stream.state_dict(),
         "mixer": engine.mixer.state_dict(),
         "best": engine.best.state_dict(),
         "rng": capture_rng(),
@@ -76,6 +77,8 @@ def restore_engine(engine: Engine, state: dict[str, Any]) -> None:
     if engine.ema is not None:
         engine.ema.load_state_dict(state["ema"])
     engine.train_source.load_state_dict(state["source"])
+    if engine.source_stream is not None:
+        engine.source_stream.load_state_dict(state["source_stream"])
     engine.mixer.load_state_dict(state["mixer"])
     engine.best.load_state_dict(state["best"])
     engine.global_step = int(state["step"])

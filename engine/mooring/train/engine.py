@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -52,6 +53,8 @@ class Engine:
         self.train_source = parts.train_source
         self.val_source = parts.val_source
         self.test_source = parts.test_source
+        self.source_stream = parts.source_stream
+        self._source_batches: Iterator[Batch] | None = None
         self.global_step = 0
         self.epochs_validated = 0
         self.resume_notes: list[str] = []
@@ -109,8 +112,11 @@ class Engine:
                 steps_per_epoch=self.steps_per_epoch,
                 autocast=self.backend.autocast,
                 seed=self.config.seed,
+                head_lr=self.parts.head_lr,
             )
         )
+        if self.ema is not None:
+            self.ema.copy_from(self.method)  # the set-up may have changed weights
         self._ready = True  # only now: a set-up that was broken off has to be done again
 
     def _warm_up_batches(self) -> Iterator[Batch]:
@@ -149,7 +155,7 @@ class Engine:
         outputs: list[StepOutput] = []
         placed: list[Batch] = []
         for micro, item in enumerate(group):
-            moved = self.mixer(item.to(self.backend.device))
+            moved = self._with_source(self.mixer(item.to(self.backend.device)))
             with self.backend.autocast():
                 output = self.method(moved, self._at(micro, micros))
             self.backend.backward(output.loss / micros)
@@ -166,6 +172,18 @@ class Engine:
         result = StepResult(self.global_step, metrics["loss"], metrics, outputs[-1].logits.detach(), lr)
         self.global_step += 1
         return result
+
+    def _with_source(self, batch: Batch) -> Batch:
+        """The batch with as many rows of the source stream as this step reads."""
+        rows = 0 if self.source_stream is None else self.method.source_rows(self._at())
+        if rows == 0 or self.source_stream is None:
+            return batch
+        drawn = next(self._source_batches, None) if self._source_batches is not None else None
+        if drawn is None:  # the stream has no end: its next epoch
+            self._source_batches = iter(self.source_stream)
+            drawn = next(self._source_batches)
+        source = Batch(drawn.images[:rows], drawn.labels[:rows], drawn.ids[:rows])
+        return replace(batch, source=source.to(self.backend.device))
 
     def _set_learning_rates(self) -> float:
         """Sets every group's rate for this step; returns the first one's: the backbone's, or the head's in a probe."""
@@ -213,6 +231,7 @@ class Engine:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         checkpoint.restore_engine(self, state)
+        self._source_batches = None
         self._ready = True
 
     def save(self, folder: Path) -> Path:
@@ -260,7 +279,7 @@ class Engine:
 
     def close(self) -> None:
         """Stops the data sources' background work; ``fit`` does it by itself, as does a ``with`` block."""
-        for source in (self.train_source, self.val_source, self.test_source):
+        for source in (self.train_source, self.val_source, self.test_source, self.source_stream):
             if source is not None:
                 source.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Mixer:
         mixed = mix(
             batch.images, batch.labels, mixup=self.mixup, cutmix=self.cutmix, generator=self.generator
         )
-        return Batch(mixed.images, batch.labels, batch.ids, batch.views, mixed.soft_targets(self.num_classes))
+        return replace(batch, images=mixed.images, targets=mixed.soft_targets(self.num_classes))
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}

@@ -1,0 +1,90 @@
+"""One batch's way through the networks, shared by every method that runs on it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mooring.data.batch import Batch
+
+if TYPE_CHECKING:
+    from mooring.methods.base import Method
+
+
+class Forward:
+    """Features and logits of one batch; each is computed once, when it is first asked for.
+
+    Attributes:
+        batch: what goes in.
+        features: [B, D] of the trained encoder, with graph, in the dtype of the run.
+        logits: [B, C] of the head, with graph.
+        feature_map: [B, D, H', W'] before pooling, from the same forward as ``features``.
+        frozen_features: [B, D] fp32 of the untrained encoder, without graph.
+        targets: soft targets [B, C] where images were mixed, else labels [B].
+        valid: [B] bool, rows that are no padding.
+    """
+
+    def __init__(self, method: Method, batch: Batch, *, wants_map: bool = False) -> None:
+        self.method = method
+        self.batch = batch
+        self._wants_map = wants_map
+
+    @cached_property
+    def features(self) -> Tensor:
+        return self._encoded[0]
+
+    @cached_property
+    def feature_map(self) -> Tensor:
+        features_map = self._encoded[1]
+        assert features_map is not None, "ask for the map in the constructor: one forward serves all methods"
+        return features_map
+
+    @cached_property
+    def _encoded(self) -> tuple[Tensor, Tensor | None]:
+        encoder = self.method.encoder
+        if not self._wants_map:
+            return encoder(self.batch.images), None
+        return features_and_map(encoder, self.batch.images)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        return self.method.head(self.features)
+
+    @cached_property
+    def frozen_features(self) -> Tensor:
+        with torch.inference_mode():
+            features = self.method.frozen_encoder(self.batch.images)
+        return features.float().clone()  # the clone is an ordinary tensor, usable in ops with autograd
+
+    @cached_property
+    def targets(self) -> Tensor:
+        return self.batch.labels if self.batch.targets is None else self.batch.targets
+
+    @cached_property
+    def valid(self) -> Tensor:
+        return self.batch.labels >= 0
+
+
+def features_and_map(encoder: torch.nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Pooled features [B, D] and the map they are pooled from, [B, D', H', W'], in one forward.
+
+    For a token model the map is made of the patch tokens after the final norm, as a grid; other tokens (class,
+    register) are left out of it.
+
+    Args:
+        encoder: a timm model without classifier, or a module that holds one as ``model``.
+        images: [B, 3, H, W].
+    """
+    model: Any = getattr(encoder, "model", encoder)
+    hidden = model.forward_features(images)
+    features = model.forward_head(hidden, pre_logits=True)
+    if hidden.ndim == 4:
+        # timm's Swin and its kin keep channels last
+        last = getattr(model, "output_fmt", "NCHW") == "NHWC"
+        return features, hidden.permute(0, 3, 1, 2) if last else hidden
+    tokens = hidden[:, int(getattr(model, "num_prefix_tokens", 0)) :]
+    rows, columns = model.patch_embed.dynamic_feat_size(images.shape[-2:])
+    return features, tokens.transpose(1, 2).unflatten(2, (rows, columns))
