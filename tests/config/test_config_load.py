@@ -212,7 +212,9 @@ def test_all_errors_come_at_once() -> None:
         ("train.epochs={x=1}", "train.epochs.x: got 1; there is no such key, the nearest is train.epochs"),
         (
             "method=dr_tun",
-            'method.name: got "dr_tun"; expected one of ' + ", ".join(METHODS) + "; the nearest is dr_tune",
+            'method.name: got "dr_tun"; expected one of '
+            + ", ".join(METHODS)
+            + ", or a list of those that combine; the nearest is dr_tune",
         ),
         ("=3", '=3: got "=3"; expected key=value, as in train.epochs=20'),
     ],

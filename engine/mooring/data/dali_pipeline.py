@@ -67,6 +67,7 @@ def build_pipeline(
     types = require("nvidia.dali.types", needed_for="data.source=dali")
     described = [_inputs(augment, types) for augment in augments]
     views = [_view(augment, fn, types, on_gpu=device.type == "cuda") for augment in augments]
+    stages = list(zip(views, (names for names, _, _ in described), strict=True))
 
     def graph() -> tuple[Any, ...]:
         encoded, *numbers = fn.external_source(
@@ -77,10 +78,7 @@ def build_pipeline(
         )
         pictures = fn.decoders.image(encoded, device=_decoder(device), output_type=types.RGB)
         rest = iter(numbers)
-        return tuple(
-            view(pictures, {name: next(rest) for name in names})
-            for view, (names, _, _) in zip(views, described, strict=True)
-        )
+        return tuple(view(pictures, {name: next(rest) for name in names}) for view, names in stages)
 
     return _built(dali, graph, batch_size, threads, device)
 
