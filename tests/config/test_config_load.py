@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mooring.config.keys import METHODS, all_keys
 from mooring.config.load import absolute_paths, config_from_toml, load_config, shipped_recipes, to_toml
-from mooring.config.method_settings import DRTuneSettings, FineTuneSettings, LPFTSettings
+from mooring.config.method_settings import CombinedSettings, DRTuneSettings, FineTuneSettings, LPFTSettings
 from mooring.config.schema import RunConfig
 from mooring.errors import ConfigError
 
@@ -270,11 +270,29 @@ def test_toml_round_trip_of_every_method(method: str) -> None:
     assert config_from_toml(to_toml(config)) == config
 
 
+@pytest.mark.parametrize("given", ['method=["lp_ft", "dr_tune"]', "method=lp_ft+dr_tune"])
+def test_toml_round_trip_of_a_combination(given: str) -> None:
+    config = load_config(None, ["data=photos", given, "method.bank_size=64", "method.probe_fraction=0.5"])
+    assert config.method == CombinedSettings(
+        parts=(LPFTSettings(probe_fraction=0.5), DRTuneSettings(bank_size=64))
+    )
+    assert config_from_toml(to_toml(config)) == config
+
+
+def test_a_combination_refuses_settings_of_other_methods_and_a_method_twice() -> None:
+    with pytest.raises(ConfigError, match=r"method lp_ft\+fine_tune has no such key, it belongs to dr_tune"):
+        load_config(None, ["data=photos", "method=lp_ft+fine_tune", "method.bank_size=64"])
+    with pytest.raises(ConfigError, match="each method once; got lp_ft, lp_ft"):
+        load_config(None, ["data=photos", "method=lp_ft+lp_ft"])
+    with pytest.raises(ConfigError, match="dr_tun"):
+        load_config(None, ["data=photos", "method=dr_tun+lp_ft"])
+
+
 _TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20)
 
 
 @given(
-    path=_TEXT.filter(lambda text: not text.startswith("~")),
+    path=_TEXT.filter(lambda text: text.strip() and not text.startswith("~")),
     name=_TEXT,
     weights=_TEXT,
     seed=st.integers(0, 2**31 - 1),

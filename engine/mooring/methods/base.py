@@ -65,6 +65,7 @@ class SetupContext:
         autocast: a context factory for the run's precision.
         seed: the run's seed, for generators of the method's own.
         head_lr: peak learning rate of the head as configured; None outside the engine.
+        clean: one pass over the training images with the test-time preprocessing; None: ``warm_up``.
     """
 
     device: torch.device
@@ -76,6 +77,11 @@ class SetupContext:
     autocast: Callable[[], Any]
     seed: int = 0
     head_lr: float | None = None
+    clean: Callable[[], Iterator[Batch]] | None = None
+
+    def clean_images(self) -> Iterator[Batch]:
+        """One pass over the training images as the test sees them; as ``warm_up`` where there is no such pass."""
+        return (self.clean or self.warm_up)()
 
 
 @dataclass(frozen=True, slots=True)

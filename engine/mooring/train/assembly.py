@@ -53,6 +53,7 @@ class Parts:
     test_source: EpochSource | None
     source_stream: EpochSource | None
     warm_up_source: Callable[[], EpochSource]
+    clean_source: Callable[[], EpochSource]
     eval_size: int
     precision: str
     lr: float
@@ -182,6 +183,7 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
         test_source=source("test", is_training=False) if "test" in manifest.counts else None,
         source_stream=None,
         warm_up_source=warm_up_source,
+        clean_source=lambda: source("train", is_training=False),
         eval_size=eval_size,
         precision=precision,
         lr=lr,

@@ -105,7 +105,8 @@ class Engine:
         self.method.setup(
             SetupContext(
                 device=self.backend.device,
-                warm_up=self._warm_up_batches,
+                warm_up=lambda: self._set_up_batches(self.parts.warm_up_source()),
+                clean=lambda: self._set_up_batches(self.parts.clean_source()),
                 train_size=self.parts.train_images,
                 batch_size=self.config.train.batch_size * self.config.train.accumulate,
                 total_steps=self.total_steps,
@@ -119,8 +120,7 @@ class Engine:
             self.ema.copy_from(self.method)  # the set-up may have changed weights
         self._ready = True  # only now: a set-up that was broken off has to be done again
 
-    def _warm_up_batches(self) -> Iterator[Batch]:
-        source = self.parts.warm_up_source()
+    def _set_up_batches(self, source: EpochSource) -> Iterator[Batch]:
         try:
             for batch in source:
                 yield batch.to(self.backend.device)
