@@ -9,6 +9,7 @@ import torch
 import mooring_kernels as ops
 from bench.baselines import dr_tune
 from bench.operation import (
+    SIZES,
     Candidate,
     Inputs,
     Operation,
@@ -19,6 +20,8 @@ from bench.operation import (
     normal,
     unit_rows,
 )
+
+IMAGENET21K = Size(B=64, K=2048, D=768, C=21841)
 
 
 def _operation() -> Operation:
@@ -57,7 +60,9 @@ def _operation() -> Operation:
         counted_flop=counted_flop,
         differentiable=("features", "weight", "bias"),
         dtypes=(torch.float32,),
+        sizes=(*SIZES, IMAGENET21K),
         amplification=4.0,
+        note="native and triton form the gradients with the loss: hold `both` against the others, not `backward`",
     )
 
 

@@ -62,4 +62,9 @@ void softmax_cross_entropy_forward(const float* logits, const int64_t* labels, f
 void softmax_cross_entropy_backward(const float* logits, const int64_t* labels, const float* lse, float scale,
                                     float smoothing, float* grad, int64_t N, int64_t C, int threads);
 
+// Both at once and in place: loss as above, then each row of logits, `stride` floats apart, becomes
+// softmax(x_i) - (1 - s) onehot(y_i) - s / C, or is left as it is where no gradient is wanted.
+void softmax_cross_entropy_in_place(float* logits, int64_t stride, const int64_t* labels, float smoothing,
+                                    bool gradient, float* loss, int64_t N, int64_t C, int threads);
+
 }  // namespace mooring

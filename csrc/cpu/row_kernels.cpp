@@ -144,6 +144,30 @@ float sum_exp(const float* x, float shift, int64_t n) {
         });
 }
 
+float exp_and_sum(float* x, float shift, int64_t n) {
+    const Vec offset = Vec::broadcast(shift);
+    return reduce_sum(
+        n,
+        [&](int64_t i, Vec acc) {
+            const Vec e = exp(Vec::load(x + i) - offset);
+            e.store(x + i);
+            return acc + e;
+        },
+        [&](int64_t i, int count, Vec acc) {
+            exp(Vec::load(x + i, count, 0.0f) - offset).store(x + i, count);
+            return acc + Vec::load(x + i, count, 0.0f);
+        });
+}
+
+void affine(float* x, float a, float b, int64_t n) {
+    const Vec factor = Vec::broadcast(a), offset = Vec::broadcast(b);
+    for_each_vec(
+        n, [&](int64_t i) { fma(factor, Vec::load(x + i), offset).store(x + i); },
+        [&](int64_t i, int count) {
+            fma(factor, Vec::load(x + i, count, 0.0f), offset).store(x + i, count);
+        });
+}
+
 void softmax_grad(float* out, const float* x, float lse, float uniform, float s, int64_t n) {
     const Vec offset = Vec::broadcast(lse), floor = Vec::broadcast(uniform), factor = Vec::broadcast(s);
     for_each_vec(
@@ -166,6 +190,8 @@ const RowKernels row_kernels = {
     maximum,
     sum,
     sum_exp,
+    exp_and_sum,
+    affine,
     softmax_grad,
 };
 

@@ -31,6 +31,10 @@ struct RowKernels {
     float (*sum)(const float* x, int64_t n);
     // sum_i exp(x_i - shift)
     float (*sum_exp)(const float* x, float shift, int64_t n);
+    // x_i = exp(x_i - shift), returns their sum
+    float (*exp_and_sum)(float* x, float shift, int64_t n);
+    // x_i = a x_i + b
+    void (*affine)(float* x, float a, float b, int64_t n);
     // out_i = s (exp(x_i - lse) - uniform)
     void (*softmax_grad)(float* out, const float* x, float lse, float uniform, float s, int64_t n);
 };

@@ -12,6 +12,32 @@ void against_fp64(int64_t N, int64_t C, float smoothing, float spread) {
     const float scale = 0.7f;
     mooring::softmax_cross_entropy_backward(logits.data(), labels.data(), lse.data(), scale, smoothing,
                                             grad.data(), N, C, check::kThreads);
+    // in place, with rows further apart than they are long: the same loss and gradient, and no gap written
+    const int64_t stride = C + 3;
+    std::vector<float> loss_alone = check::unwritten(N);
+    std::vector<float> same = logits;
+    mooring::softmax_cross_entropy_in_place(same.data(), C, labels.data(), smoothing, false,
+                                            loss_alone.data(), N, C, check::kThreads);
+    CHECK(same == logits);
+    std::vector<float> wide(static_cast<size_t>(N * stride), -7.0f), loss_again = check::unwritten(N);
+    for (int64_t i = 0; i < N * C; ++i)
+        wide[static_cast<size_t>(i / C * stride + i % C)] = logits[static_cast<size_t>(i)];
+    mooring::softmax_cross_entropy_in_place(wide.data(), stride, labels.data(), smoothing, true,
+                                            loss_again.data(), N, C, check::kThreads);
+    for (int64_t i = 0; i < N * stride; ++i) {
+        const int64_t row = i / stride, column = i % stride;
+        const float got = wide[static_cast<size_t>(i)];
+        if (column >= C) {
+            CHECK(got == -7.0f);
+        } else {
+            CHECK_NEAR(scale * got, grad[static_cast<size_t>(row * C + column)],
+                       check::kUlp * (static_cast<double>(C) + 8) * (spread * 5 + 1));
+        }
+    }
+    for (size_t i = 0; i < loss.size(); ++i) {
+        CHECK_NEAR(loss_again[i], loss[i], check::kUlp * 8 * (spread * 5 + 1));
+        CHECK_NEAR(loss_alone[i], loss[i], check::kUlp * 8 * (spread * 5 + 1));
+    }
     for (int64_t i = 0; i < N; ++i) {
         const size_t at = static_cast<size_t>(i);
         const float* x = logits.data() + i * C;

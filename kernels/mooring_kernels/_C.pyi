@@ -86,3 +86,15 @@ def softmax_cross_entropy_backward(
     threads: int,
     /,
 ) -> None: ...
+def softmax_cross_entropy_in_place(
+    logits: int,
+    stride: int,
+    labels: int,
+    smoothing: float,
+    gradient: bool,
+    loss: int,
+    N: int,
+    C: int,
+    threads: int,
+    /,
+) -> None: ...

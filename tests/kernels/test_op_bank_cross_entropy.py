@@ -10,6 +10,7 @@ from implementations import IMPLEMENTATIONS, draw_bank
 from torch import Tensor
 
 from mooring_kernels import bank_cross_entropy, calibrate, class_statistics
+from mooring_kernels.bank_cross_entropy import op as bank_cross_entropy_op
 
 
 def definition(
@@ -222,3 +223,43 @@ def test_a_thousand_classes_and_a_nan_that_must_show(impl: Any, generator: torch
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
     tensors[0][0, 0] = torch.nan  # type: ignore[index]
     assert bank_cross_entropy(*tensors, impl=impl).isnan()  # type: ignore[call-overload]
+
+
+def test_several_chunks_of_rows_are_one_sum(generator: torch.Generator, monkeypatch: Any) -> None:
+    """Also with the batch longer than a chunk."""
+    from mooring_kernels.bank_cross_entropy import head_pass
+
+    monkeypatch.setattr(head_pass, "_CPU_ROWS", 4)
+    drawn = draw(6, 11, 9, 5, True, generator)
+    for leaf in (drawn[0], drawn[4], drawn[5]):
+        leaf.requires_grad_()  # type: ignore[union-attr]
+    results = []
+    for impl in ("native", "reference"):
+        loss = bank_cross_entropy(*drawn, label_smoothing=0.1, impl=impl)  # type: ignore[call-overload]
+        results.append([loss, *torch.autograd.grad(loss, [drawn[0], drawn[4], drawn[5]])])  # type: ignore[list-item]
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_logits_of_all_rows_never_exist_together(generator: torch.Generator) -> None:
+    """Largest tensor of a step: one chunk, or the head."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    drawn = draw(8, 2048, 4, 300, True, generator)
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple) else (result,):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.untyped_storage().nbytes() // 4)
+            return result
+
+    body = (
+        bank_cross_entropy_op._forward._init_fn
+    )  # beneath the operator, where a dispatch mode sees each step
+    with Sizes():
+        body(*drawn, 0.0, False, [True, True, True], "native")
+    assert 512 * 300 <= largest < 2048 * 300 / 3

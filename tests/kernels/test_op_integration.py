@@ -46,18 +46,8 @@ def fresh() -> dict[str, Tensor]:
 
 def opcheck_cases() -> list[Any]:
     leaf = fresh()
-    forward = (leaf["features"], LABELS[:5], FROZEN, LABELS, leaf["weight"], leaf["bias"], 0.1, "native")
-    saved = (
-        FEATURES,
-        LABELS[:5],
-        FROZEN,
-        LABELS,
-        50 * HEAD,
-        torch.randn(5, 4),
-        torch.randn(9, 4),
-        torch.randn(5),
-        torch.randn(9),
-    )
+    head_rows = (leaf["features"], LABELS[:5], FROZEN, LABELS, leaf["weight"], leaf["bias"], 0.1)
+    weight_alone = (FEATURES, *head_rows[1:5], BIAS, 0.1)
     cases = [
         (row_normalise_op._forward, (leaf["features"], 1e-12, "native")),
         (row_normalise_op._backward, (FEATURES, torch.ones(5), FEATURES, torch.ones(5), 1e-12, "native")),
@@ -78,8 +68,8 @@ def opcheck_cases() -> list[Any]:
         (calibrate_op._forward, (FROZEN, TUNED, LABELS, HEAD, HEAD, None, torch.ones(()), "native")),
         (procrustes_rotation_op._forward, (FROZEN, TUNED, LABELS, 1e-3, True, True, False)),
         (procrustes_rotation_op._forward, (FROZEN, TUNED, LABELS, 0.0, False, True, True)),
-        (bank_cross_entropy_op._forward, forward),
-        (bank_cross_entropy_op._backward, (*saved, torch.ones(()), 0.1, [True, False, True], "native")),
+        (bank_cross_entropy_op._forward, (*head_rows, True, [True, True, True], "native")),
+        (bank_cross_entropy_op._forward, (*weight_alone, False, [False, True, False], "native")),
     ]
     return [
         pytest.param(op, arguments, id=f"{op._name}-{index}") for index, (op, arguments) in enumerate(cases)

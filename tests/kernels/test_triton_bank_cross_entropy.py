@@ -10,6 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from mooring_kernels.bank_cross_entropy.gpu import (
+    softmax_cross_entropy_rows_,
     softmax_cross_entropy_rows_bwd,
     softmax_cross_entropy_rows_fwd,
 )
@@ -134,3 +135,33 @@ def test_no_rows(device: torch.device) -> None:
     assert loss.shape == lse.shape == (0,)
     grad = softmax_cross_entropy_rows_bwd(logits, labels, lse, torch.ones((), device=device), 0.0)
     assert grad.shape == (0, 5)
+
+
+@pytest.mark.parametrize("smoothing", SMOOTHING, ids="smooth{}".format)
+@pytest.mark.parametrize("shape", SHAPES, ids="N{0[0]}-C{0[1]}".format)
+def test_in_place(
+    shape: tuple[int, int],
+    smoothing: float,
+    device: torch.device,
+    generator: torch.Generator,
+    guard: Any,
+    guarded_empty: None,
+    assert_within: Any,
+) -> None:
+    """Rows lie apart, as in a padded buffer; what is between them is neither read nor written."""
+    logits, labels = draw(shape, torch.float32, device, generator)
+    rows, classes = shape
+    padded = guard(torch.full((rows, classes + 5), float("nan"), device=device))
+    padded[:, :classes] = logits
+    padded[(labels < 0) | (labels >= classes)] = float("nan")  # masked rows are not read
+    expected_loss, _, expected_grad = definition(logits, labels, smoothing)
+    largest = 2.0 * logits.abs().max().item() + 1.0
+    operations = classes**0.5 + 32
+    before = padded.clone()
+    loss = softmax_cross_entropy_rows_(padded[:, :classes], labels, smoothing, False)
+    assert_within(loss, expected_loss, operations=operations, magnitude=largest)
+    assert torch.equal(padded.nan_to_num(9), before.nan_to_num(9))
+    loss = softmax_cross_entropy_rows_(padded[:, :classes], labels, smoothing, True)
+    assert_within(loss, expected_loss, operations=operations, magnitude=largest)
+    assert_within(padded[:, :classes], expected_grad, operations=operations, magnitude=largest)
+    assert padded[:, classes:].isnan().all()

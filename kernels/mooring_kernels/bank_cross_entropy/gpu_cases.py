@@ -19,4 +19,11 @@ def cases() -> Iterator[Case]:
         name = f"C{classes}-{dtype_name(dtype)}-smooth{smoothing}"
         logits = torch.zeros(64, classes, dtype=dtype)
         yield name, partial(gpu.softmax_cross_entropy_rows_fwd, logits, labels, smoothing)
+        if dtype == torch.float32:
+            padded = torch.zeros(64, -(-classes // 16) * 16)[:, :classes]
+            for gradient in (False, True):
+                yield (
+                    f"{name}-gradient{gradient}",
+                    partial(gpu.softmax_cross_entropy_rows_, padded, labels, smoothing, gradient),
+                )
         yield name, partial(gpu.softmax_cross_entropy_rows_bwd, logits, labels, lse, scale, smoothing)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from mooring_kernels.bank_cross_entropy import reference
+from mooring_kernels.bank_cross_entropy.head_pass import RowsGradient, chunk_rows, head_pass
 from mooring_kernels.runtime.checks import require_floats, require_labels, require_one_device, require_width
 from mooring_kernels.runtime.dispatch import Impl, choose
 
@@ -78,7 +80,9 @@ def bank_cross_entropy(
         ValueError, TypeError: shapes, dtypes, devices or options do not fit.
 
     Source: arXiv 2308.12058, eq. 6, 13 and 14 divided by 1 + n / B, as in the public code.
-    Cost: 2 (B + K) D C FLOP forward; backward 2 (B + K) D C for W and 2 B D C for the features.
+    Cost: 2 (B + K) D C FLOP forward; 2 (B + K) D C for the gradient of W and 2 B D C for that of the features.
+    Gradients are computed with the loss, up to the upstream factor, where one is asked for: the logits of all
+    rows never exist together (512 rows at a time on the CPU), and the backward only multiplies.
     """
     op = "bank_cross_entropy"
     require_floats(op, "features", features, "B", "D")
@@ -105,8 +109,18 @@ def bank_cross_entropy(
             features, labels, bank, bank_labels, weight, bias, label_smoothing
         )
     else:
+        needs = gradients_asked(features, weight, bias)
         total, logits, *_ = _forward(
-            features, labels, bank, bank_labels, weight, bias, float(label_smoothing), chosen
+            features,
+            labels,
+            bank,
+            bank_labels,
+            weight,
+            bias,
+            float(label_smoothing),
+            return_logits,
+            needs,
+            chosen,
         )
     if normaliser is None:
         rows = _valid_rows(labels, classes) + _valid_rows(bank_labels, classes)
@@ -120,26 +134,21 @@ def _valid_rows(labels: Tensor, classes: int) -> Tensor:
     return ((labels >= 0) & (labels < classes)).sum()
 
 
-def _rows_fwd(logits: Tensor, labels: Tensor, label_smoothing: float, impl: str) -> tuple[Tensor, Tensor]:
+def rows_gradient_of(impl: str) -> RowsGradient:
+    """The kernel of an implementation that turns logits into losses and gradients."""
     if impl == "triton":
         from mooring_kernels.bank_cross_entropy import gpu
 
-        return gpu.softmax_cross_entropy_rows_fwd(logits, labels, label_smoothing)
+        return gpu.softmax_cross_entropy_rows_
     from mooring_kernels.bank_cross_entropy import cpu
 
-    return cpu.softmax_cross_entropy_rows_fwd(logits, labels, label_smoothing)
+    return cpu.softmax_cross_entropy_rows_
 
 
-def _rows_bwd(
-    logits: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, label_smoothing: float, impl: str
-) -> Tensor:
-    if impl == "triton":
-        from mooring_kernels.bank_cross_entropy import gpu
-
-        return gpu.softmax_cross_entropy_rows_bwd(logits, labels, lse, scale, label_smoothing)
-    from mooring_kernels.bank_cross_entropy import cpu
-
-    return cpu.softmax_cross_entropy_rows_bwd(logits, labels, lse, scale, label_smoothing)
+def gradients_asked(*tensors: Tensor | None) -> list[bool]:
+    """Which of the inputs a backward will ask for."""
+    recording = torch.is_grad_enabled()
+    return [recording and tensor is not None and tensor.requires_grad for tensor in tensors]
 
 
 @torch.library.custom_op("mooring::bank_cross_entropy", mutates_args=())
@@ -151,17 +160,31 @@ def _forward(
     weight: Tensor,
     bias: Tensor | None,
     label_smoothing: float,
+    keep_logits: bool,
+    needs: list[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Summed loss, then what the backward needs: logits and log-sum-exps of the batch and of the bank."""
+    """Summed loss, logits of the batch, gradients of features, weight and bias; see ``HeadPass``."""
+    batch, rows = features.shape[0], bank.shape[0]
+    step = chunk_rows(rows, weight.shape[0], bank.device)
+
+    def chunks() -> Iterator[tuple[Tensor, Tensor]]:
+        yield features.float(), labels
+        for begin in range(0, rows, step):
+            yield bank[begin : begin + step].float(), bank_labels[begin : begin + step]
+
     with torch.autocast(features.device.type, enabled=False):
-        head = weight.float()
-        offset = None if bias is None else bias.float()
-        logits = torch.nn.functional.linear(features.float(), head, offset)
-        bank_logits = torch.nn.functional.linear(bank.float(), head, offset)
-        loss_rows, lse = _rows_fwd(logits, labels, label_smoothing, impl)
-        bank_loss_rows, bank_lse = _rows_fwd(bank_logits, bank_labels, label_smoothing, impl)
-        return loss_rows.sum() + bank_loss_rows.sum(), logits, bank_logits, lse, bank_lse
+        return head_pass(
+            chunks(),
+            max(batch, step),
+            batch,
+            weight.float(),
+            None if bias is None else bias.float(),
+            label_smoothing,
+            keep_logits,
+            needs,
+            rows_gradient_of(impl),
+        )
 
 
 @_forward.register_fake
@@ -173,88 +196,53 @@ def _(
     weight: Tensor,
     bias: Tensor | None,
     label_smoothing: float,
+    keep_logits: bool,
+    needs: list[bool],
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def empty(*shape: int) -> Tensor:
-        return features.new_empty(shape, dtype=torch.float32)
-
-    batch, rows, classes = features.shape[0], bank.shape[0], weight.shape[0]
-    return empty(), empty(batch, classes), empty(rows, classes), empty(batch), empty(rows)
+    return fake_head_pass(features, weight, keep_logits, needs)
 
 
-@torch.library.custom_op("mooring::bank_cross_entropy_backward", mutates_args=())
-def _backward(
-    features: Tensor,
-    labels: Tensor,
-    bank: Tensor,
-    bank_labels: Tensor,
-    weight: Tensor,
-    logits: Tensor,
-    bank_logits: Tensor,
-    lse: Tensor,
-    bank_lse: Tensor,
-    scale: Tensor,
-    label_smoothing: float,
-    needs: list[bool],
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of features, weight and bias in fp32; an empty tensor for each that ``needs`` leaves out."""
-    with torch.autocast(features.device.type, enabled=False):
-        # three tensors: outputs of an operator must not share memory
-        grad_features, grad_weight, grad_bias = (features.new_empty(0, dtype=torch.float32) for _ in needs)
-        grad = _rows_bwd(logits, labels, lse, scale, label_smoothing, impl)
-        if needs[0]:
-            grad_features = grad @ weight.float()
-        if not (needs[1] or needs[2]):
-            return grad_features, grad_weight, grad_bias
-        bank_grad = _rows_bwd(bank_logits, bank_labels, bank_lse, scale, label_smoothing, impl)
-        if needs[1]:
-            grad_weight = torch.addmm(grad.T @ features.float(), bank_grad.T, bank.float())
-        if needs[2]:
-            grad_bias = grad.sum(0) + bank_grad.sum(0)
-        return grad_features, grad_weight, grad_bias
+def fake_head_pass(
+    features: Tensor, weight: Tensor, keep_logits: bool, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Shapes of a ``HeadPass``."""
+    batch, classes = features.shape[0], weight.shape[0]
 
+    def empty(wanted: bool, *shape: int) -> Tensor:
+        return features.new_empty(shape if wanted else (0,), dtype=torch.float32)
 
-@_backward.register_fake
-def _(
-    features: Tensor,
-    labels: Tensor,
-    bank: Tensor,
-    bank_labels: Tensor,
-    weight: Tensor,
-    logits: Tensor,
-    bank_logits: Tensor,
-    lse: Tensor,
-    bank_lse: Tensor,
-    scale: Tensor,
-    label_smoothing: float,
-    needs: list[bool],
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = (features.shape, weight.shape, weight.shape[:1])
-    grads = [
-        features.new_empty(shape if needed else (0,), dtype=torch.float32)
-        for shape, needed in zip(shapes, needs, strict=True)
-    ]
-    return grads[0], grads[1], grads[2]
+    return (
+        empty(True),
+        empty(keep_logits, batch, classes),
+        empty(needs[0], *features.shape),
+        empty(needs[1], *weight.shape),
+        empty(needs[2], classes),
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    features, labels, bank, bank_labels, weight, bias, ctx.label_smoothing, ctx.impl = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(features, labels, bank, bank_labels, weight, *output[1:])
+    features, _, _, _, weight, bias, *_ = inputs
+    ctx.dtypes = features.dtype, weight.dtype, None if bias is None else bias.dtype
+    ctx.save_for_backward(*output[2:5])
 
 
 def _autograd(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    features, weight = saved[0], saved[4]
-    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[4], ctx.needs_input_grad[5]]
-    grads = _backward(*saved, grad_total, ctx.label_smoothing, needs, ctx.impl)
-    dtypes = (features.dtype, weight.dtype, ctx.bias_dtype)
-    grad_features, grad_weight, grad_bias = (
-        grad.to(dtype) if needed else None for grad, dtype, needed in zip(grads, dtypes, needs, strict=True)
+    wanted = [ctx.needs_input_grad[i] for i in (0, 4, 5)]
+    grad_features, grad_weight, grad_bias = scaled_gradients(
+        ctx.saved_tensors, grad_total, ctx.dtypes, wanted
     )
-    return grad_features, None, None, None, grad_weight, grad_bias, None, None
+    return grad_features, None, None, None, grad_weight, grad_bias, None, None, None, None
+
+
+def scaled_gradients(
+    grads: Sequence[Tensor], factor: Tensor, dtypes: Sequence[torch.dtype], wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Each gradient of the sum times the upstream one, in the dtype of its input; None where not wanted."""
+    return [
+        (grad * factor).to(dtype) if needed else None
+        for grad, dtype, needed in zip(grads, dtypes, wanted, strict=True)
+    ]
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
