@@ -3,44 +3,72 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+
+from bench.outcome import Outcome, UnknownOperationError
+from bench.threads import in_processes
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Verify, time and record the ops.")
+    parser.add_argument("op", nargs="*", help="all of them by default; a wrong name lists them")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="CPU only; each count in its own process",
+    )
+    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds, nothing recorded")
+    parser.add_argument("--no-record", action="store_true", help="print only")
+    parser.add_argument(
+        "--candidates", nargs="+", default=[], metavar="NAME", help="only these; the first is the baseline"
+    )
+    parser.add_argument("--seconds", type=float, help="wall time for the whole run; rounds are cut to fit")
+    return parser
+
+
+def _on_cuda(chosen: argparse.Namespace) -> Outcome:
+    import torch
+
+    from bench import records
+    from bench.run import Options
+    from bench.session import chosen_operations, run
+
+    folder = None if chosen.no_record else records.FOLDER
+    options = Options(torch.device("cuda"), chosen.quick, tuple(chosen.candidates), folder)
+    return run(chosen_operations(chosen.op), options, total_seconds=chosen.seconds)
 
 
 def main() -> int:
     """Runs what the command line asks for; 1 if an op failed its verification, 2 for a wrong call."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Verify, time and record the ops.")
-    parser.add_argument("op", nargs="*", help="all of them by default; a wrong name lists them")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds, nothing recorded")
-    parser.add_argument("--no-record", action="store_true", help="print only")
-    parser.add_argument("--seconds", type=float, help="wall time for the whole run; rounds are cut to fit")
+    parser = _arguments()
     chosen = parser.parse_args()
-    if chosen.device == "cpu":
-        # One thread, set before torch is imported: CPU time then counts work, not waiting at barriers.
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if min(chosen.threads) < 1:
+        parser.error(f"--threads takes positive counts; got {chosen.threads}")
+    if chosen.device == "cuda":
+        import torch
 
-    import torch
-
-    from bench.registry import OPERATIONS
-    from bench.run import main_loop
-
-    unknown = [name for name in chosen.op if name not in OPERATIONS]
-    if unknown:
-        parser.error(f"expected ops among {', '.join(OPERATIONS)}; got {', '.join(unknown)}")
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        print("--device cuda needs a CUDA device, and torch sees none", file=sys.stderr)
-        return 2
-    if chosen.device == "cpu":
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    failed = main_loop(
-        [OPERATIONS[name] for name in chosen.op or OPERATIONS],
-        torch.device(chosen.device),
-        quick=chosen.quick,
-        write=not chosen.no_record,
-        total_seconds=chosen.seconds,
-    )
-    return 1 if failed else 0
+        if not torch.cuda.is_available():
+            print("--device cuda needs a CUDA device, and torch sees none", file=sys.stderr)
+            return 2
+    try:
+        if chosen.device == "cuda":
+            outcome = _on_cuda(chosen)
+        else:
+            plan = (chosen.op, chosen.seconds, chosen.quick, chosen.candidates, not chosen.no_record)
+            outcome = in_processes(chosen.threads, *plan)
+    except UnknownOperationError as error:
+        parser.error(str(error))
+    for line in outcome.left_out:
+        print(f"not run, no time was left: {line}")
+    for line in outcome.slow_auto:
+        print(f"WARNING: {line}")
+    for line in outcome.failed:
+        print(line, file=sys.stderr)
+    return 1 if outcome.failed else 0
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import torch
 
+from mooring_kernels import cpu_capability
+from mooring_kernels.runtime.native import NATIVE_BUILT
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -32,12 +35,15 @@ def _version(package: str) -> str | None:
 
 
 def describe(device: torch.device) -> dict[str, object]:
-    """Everything about this machine and its software that can move a timing; no host name, no path."""
+    """Everything about this machine and its software that can move a timing; no host name, no path.
+
+    The number of threads is no part of it: each record says its own.
+    """
     described: dict[str, object] = {
         "cpu": _cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "native": cpu_capability() if NATIVE_BUILT else None,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

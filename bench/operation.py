@@ -50,7 +50,8 @@ class Candidate:
     """One way to compute an op.
 
     ``call(inputs)`` returns the outputs; gradients are taken through it by autograd. ``compiled`` runs it
-    through torch.compile, ``graphed`` replays it from a CUDA graph.
+    through torch.compile, ``graphed`` replays it from a CUDA graph. ``ours`` is what this package offers in
+    place of the others.
     """
 
     name: str
@@ -61,6 +62,16 @@ class Candidate:
     compiled: bool = False
     graphed: bool = False
     same_function: bool = True  # False: timed, and its error stored, but not held against the definition
+    ours: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """A size and a dtype that an op is timed at. At a small one the call itself costs as much as the work."""
+
+    size: Size
+    dtype: torch.dtype
+    small: bool
 
 
 @dataclass(frozen=True)
@@ -78,10 +89,13 @@ class Operation:
     in_place: bool = False  # inputs are written: each call gets a fresh clone when verified
     sizes: tuple[Size, ...] = SIZES
     quick_sizes: tuple[Size, ...] = QUICK_SIZES
+    small_sizes: tuple[Size, ...] | None = None  # None: the first of quick_sizes
     longest_sum: Callable[[Size], int] = lambda size: max(
         size.B + size.K, size.D, size.C
     )  # terms; verify bound
     note: str = ""
+    step: str = "dr_tune"  # whose training step it is part of, a key of bench.step_share.STEPS; "": of none
+    calls_per_step: float = 1.0
 
     def definition(self, inputs: Inputs) -> Outputs:
         """The reference on the same values in float64."""
@@ -90,6 +104,18 @@ class Operation:
     @property
     def passes(self) -> tuple[Pass, ...]:
         return ("forward", "backward", "both") if self.differentiable else ("forward",)
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        """What is timed, the most telling first: a run whose time is up leaves out the last ones."""
+        small = self.quick_sizes[:1] if self.small_sizes is None else self.small_sizes
+        main, *other = self.sizes
+        ordered = (main, *(s for s in small if s not in self.sizes), *other)
+        return tuple(Case(size, dtype, size in small) for size in ordered for dtype in self.dtypes)
+
+    @property
+    def quick_cases(self) -> tuple[Case, ...]:
+        return tuple(Case(size, dtype, True) for size in self.quick_sizes for dtype in self.dtypes)
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -132,16 +158,18 @@ def draw_head(size: Size, generator: torch.Generator) -> Tensor:
 
 
 def implementations(call: Callable[[Inputs, Impl], Outputs]) -> tuple[Candidate, ...]:
-    """Eager reference first, then its compiled and graphed forms, then ours."""
+    """Eager reference first, then its compiled and graphed forms, then ours; ``auto`` is what a user gets."""
 
     def with_implementation(name: Impl) -> Callable[[Inputs], Outputs]:
         return lambda inputs: call(inputs, name)
 
-    reference = with_implementation("reference")
+    reference, triton = with_implementation("reference"), with_implementation("triton")
     return (
         Candidate("reference", reference),
         Candidate("compile", reference, compiled=True),
         Candidate("graph", reference, devices=("cuda",), graphed=True),
-        Candidate("native", with_implementation("native"), devices=("cpu",)),
-        Candidate("triton", with_implementation("triton"), devices=("cuda",)),
+        Candidate("native", with_implementation("native"), devices=("cpu",), ours=True),
+        Candidate("triton", triton, devices=("cuda",), ours=True),
+        Candidate("triton graph", triton, devices=("cuda",), graphed=True, ours=True),
+        Candidate("auto", with_implementation("auto"), ours=True),
     )

@@ -22,6 +22,8 @@ _COLOURS = {
     "graph": "#b5a642",
     "public": "#b04a4a",
     "native": "#2f6f9f",
+    "auto": "#2f6f9f",
+    "triton graph": "#2f6f9f",
     "triton": "#2f6f9f",
     "polar": "#2f6f9f",
 }
@@ -79,7 +81,7 @@ def _saved(record: Record, row: dict[str, Record], steps: dict[tuple[str, str], 
 
 def table(newest: list[Record]) -> str:
     """Markdown table of all timed candidates, with the share of a training step where one was measured."""
-    steps = {(r["environment"], r["size"]): r["seconds"]["p50"] for r in newest if r["op"] == "training_step"}
+    steps: dict[tuple[str, str], float] = {}
     lines = [
         "| environment | commit | op | size | dtype | pass | candidate | median us | "
         "times faster than eager | times faster than public code | share of copy rate | "
@@ -124,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     described = records.environments(chosen.records)
     for (identity, op), rows in _groups(timed).items():
         machine = described[identity]
-        device = machine.get("gpu", f"{machine['cpu']}, {machine['threads']} thread")
+        device = machine.get("gpu", f"{machine['cpu']}, {machine.get('threads', 1)} thread")
         commits = sorted({record["commit"] for row in rows.values() for record in row.values()})
         title = (
             f"{op} on {device}, torch {machine['torch']}\ncommit {', '.join(commits)}, environment {identity}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,37 @@ FOLDER = Path(__file__).resolve().parent / "records"
 PLOTS = Path(__file__).resolve().parent / "plots"
 _ENVIRONMENTS = "environments.jsonl"
 Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Times:
+    """What decides between candidates: CPU time at one thread, the wall at more, events on a GPU."""
+
+    seconds: dict[str, float]
+    times_faster_than: dict[str, dict[str, float]]
+    clock: str
+
+
+def threads_of(record: Record) -> int:
+    """Threads of a measurement; 0 on a GPU. The first records say it in their environment only: one."""
+    return int(record.get("threads", 1)) if record["device"] == "cpu" else 0
+
+
+def deciding(record: Record) -> Times:
+    """The clock that a measurement is judged by."""
+    if threads_of(record) > 1:
+        return Times(record["wall_seconds"], record["wall_times_faster_than"], "wall")
+    clock = "events" if record["device"] == "cuda" else "CPU time"
+    return Times(record["seconds"], record["times_faster_than"], clock)
+
+
+def _rounded(value: Any) -> Any:
+    """Five significant digits: what a clock on a shared machine can tell, and files that stay small."""
+    if isinstance(value, float) and math.isfinite(value):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    return value
 
 
 def _append(path: Path, record: Record) -> None:
@@ -27,7 +60,7 @@ def _lines(path: Path) -> Iterator[Record]:
 
 def append(record: Record, folder: Path = FOLDER) -> None:
     """Appends a measurement to the file of its op."""
-    _append(folder / f"{record['op'].rstrip('_')}.jsonl", record)
+    _append(folder / f"{record['op'].rstrip('_')}.jsonl", _rounded(record))
 
 
 def remember_environment(identity: str, described: dict[str, object], folder: Path = FOLDER) -> None:
@@ -49,7 +82,7 @@ def measurements(folder: Path = FOLDER) -> Iterator[Record]:
 
 
 def latest(records: Iterator[Record]) -> dict[tuple[str, ...], Record]:
-    """The newest record of every (environment, op, size, dtype, pass, candidate)."""
+    """The newest record of every environment, op, size, dtype, pass, candidate and number of threads."""
     newest: dict[tuple[str, ...], Record] = {}
     for record in records:
         newest[key(record)] = record  # files are appended to: the later line is the newer one
@@ -58,4 +91,5 @@ def latest(records: Iterator[Record]) -> dict[tuple[str, ...], Record]:
 
 def key(record: Record) -> tuple[str, ...]:
     """What two records must share to be about the same thing, whatever the commit."""
-    return tuple(str(record[name]) for name in ("environment", "op", "size", "dtype", "pass", "candidate"))
+    named = ("environment", "op", "size", "dtype", "pass", "candidate")
+    return (*(str(record[name]) for name in named), f"{threads_of(record)} threads")

@@ -19,7 +19,7 @@ from bench.operation import (
 
 
 def _operation() -> Operation:
-    def call(solver: Literal["svd", "polar"]) -> Callable[[Inputs], Outputs]:
+    def call(solver: Literal["auto", "svd", "polar"]) -> Callable[[Inputs], Outputs]:
         return lambda i: (ops.procrustes_rotation(i["frozen"], i["tuned"], i["labels"], solver=solver),)
 
     return Operation(
@@ -27,7 +27,8 @@ def _operation() -> Operation:
         inputs=draw_bank,
         candidates=(
             Candidate("svd", call("svd")),
-            Candidate("polar", call("polar")),
+            Candidate("polar", call("polar"), ours=True),
+            Candidate("auto", call("auto"), ours=True),
             Candidate("public", lambda i: (dr_tune.rotation(i["frozen"], i["tuned"]),), same_function=False),
         ),
         counted_bytes=lambda size, value, _: 2 * size.K * size.D * value + 4 * size.D * size.D,
