@@ -1,5 +1,6 @@
 """``python -m bench.compare OLD NEW``: what changed between two commits, from records of one environment.
 
+Measurements are paired when op, size, dtype, pass, candidate, number of threads and environment are the same.
 Machines drift between runs, so the plain ratio of two medians says little. Each candidate is first divided
 by the copy rate of its own run; the change of that quotient is what is shown.
 """
@@ -33,6 +34,12 @@ def _at(all_records: Iterable[Record], commit: str) -> dict[tuple[str, ...], Rec
     return records.latest(timed)
 
 
+def _copy_rate(record: Record, other: Record) -> float:
+    """1 where the two runs copied different amounts: out of another cache, that rate says nothing of drift."""
+    same = record.get("copy_bytes") == other.get("copy_bytes")
+    return float(record["copy_bytes_per_second"]) if same else 1.0
+
+
 def compare(all_records: Iterable[Record], old_commit: str, new_commit: str) -> list[Change]:
     """Changes of all that was measured at both commits in one environment, largest slow-down first."""
     kept = list(all_records)
@@ -41,13 +48,14 @@ def compare(all_records: Iterable[Record], old_commit: str, new_commit: str) -> 
     for key in old_records.keys() & new_records.keys():
         old, new = old_records[key], new_records[key]
         # seconds times copy rate: bytes that a copy would have moved in that time
-        old_cost = {q: s * old["copy_bytes_per_second"] for q, s in old["seconds"].items()}
-        new_cost = {q: s * new["copy_bytes_per_second"] for q, s in new["seconds"].items()}
+        old_seconds, new_seconds = records.deciding_seconds(old), records.deciding_seconds(new)
+        old_cost = {q: s * _copy_rate(old, new) for q, s in old_seconds.items()}
+        new_cost = {q: s * _copy_rate(new, old) for q, s in new_seconds.items()}
         changes.append(
             Change(
                 key=key,
-                old_seconds=old["seconds"]["p50"],
-                new_seconds=new["seconds"]["p50"],
+                old_seconds=old_seconds["p50"],
+                new_seconds=new_seconds["p50"],
                 speed_up=old_cost["p50"] / new_cost["p50"],
                 beyond_noise=new_cost["p20"] > old_cost["p80"] or new_cost["p80"] < old_cost["p20"],
             )

@@ -1,115 +1,70 @@
-"""``python -m bench.plot``: pictures and a table from the records, and from nothing else. It never times."""
+"""``python -m bench.plot``: a picture and tables from the records, and from nothing else. It never times."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
-
 from bench import records
-from bench.records import Record
+from bench.comparison import Comparison, comparisons, headlines
+from bench.records import Record, deciding_seconds
+from bench.tables import (
+    all_newest,
+    commits,
+    full_table,
+    machine,
+    newest_environment,
+    readme_table,
+    with_table,
+)
 
-_COLOURS = {
-    "reference": "#8c8c8c",
-    "svd": "#8c8c8c",
-    "compile": "#c08040",
-    "graph": "#b5a642",
-    "public": "#b04a4a",
-    "native": "#2f6f9f",
-    "auto": "#2f6f9f",
-    "triton graph": "#2f6f9f",
-    "triton": "#2f6f9f",
-    "polar": "#2f6f9f",
-}
-
-
-def _groups(newest: list[Record]) -> dict[tuple[str, str], dict[str, dict[str, Record]]]:
-    """(environment, op) -> "size, dtype, pass" -> candidate -> record."""
-    groups: dict[tuple[str, str], dict[str, dict[str, Record]]] = defaultdict(lambda: defaultdict(dict))
-    for record in newest:
-        row = f"{record['size']}\n{record['dtype']} {record['pass']}"
-        groups[record["environment"], record["op"]][row][record["candidate"]] = record
-    return groups
+README = Path(__file__).resolve().parent.parent / "README.md"
+# Okabe and Ito's palette: told apart with any colour vision, and in grey by lightness and by place.
+_OURS, _EAGER, _PUBLIC = "#0072B2", "#E69F00", "#999999"
 
 
-def draw(rows: dict[str, dict[str, Record]], title: str, path: Path) -> None:
-    """Bars of the median time, whiskers from 20 to 80 %, one group per size, dtype and pass; log scale."""
-    names = sorted({name for row in rows.values() for name in row}, key=list(_COLOURS).index)
-    height = 0.8 / len(names)
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.26 * len(names) * len(rows)), layout="constrained")
-    for number, name in enumerate(names):
-        places, medians, below, above = [], [], [], []
-        for place, row in enumerate(rows.values()):
-            if name in row:
-                seconds = row[name]["seconds"]
-                places.append(place + (number - (len(names) - 1) / 2) * height)
-                medians.append(seconds["p50"] * 1e6)
-                below.append((seconds["p50"] - seconds["p20"]) * 1e6)
-                above.append((seconds["p80"] - seconds["p50"]) * 1e6)
-        bars = axes.barh(places, medians, height, xerr=[below, above], color=_COLOURS[name], label=name)
-        axes.bar_label(bars, fmt="%.3g", padding=4, fontsize=7)
-    axes.set_yticks(range(len(rows)), list(rows), fontsize=7)
+def draw(shown: Sequence[Comparison], described: Record, path: Path) -> None:
+    """Bars of the median time of one call, three an op, on a log scale; beside ours how many times faster it is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    bars = (("Mooring", _OURS), ("best of eager PyTorch and torch.compile", _EAGER), ("public code", _PUBLIC))
+    height = 0.27
+    figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.62 * len(shown)), layout="constrained")
+    for number, (label, colour) in enumerate(bars):
+        places, widths, notes = [], [], []
+        for place, c in enumerate(shown):
+            record = (c.ours, c.eager_or_compiled, c.public)[number]
+            if record is None:
+                continue
+            places.append(place + (number - 1) * height)
+            widths.append(deciding_seconds(record)["p50"] * 1e6)
+            ratio = c.faster_than(c.eager_or_compiled) if number == 0 else None
+            notes.append("" if ratio is None else f"{ratio['p50']:.2f}x")
+        drawn = axes.barh(places, widths, height * 0.92, color=colour, label=label)
+        axes.bar_label(drawn, notes, padding=4, fontsize=11, fontweight="bold")
+    axes.set_yticks(range(len(shown)), [f"{c.op}\n{c.size}" for c in shown], fontsize=10)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlabel("microseconds, median with 20 % and 80 %")
-    axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=7)
+    axes.margins(x=0.12)
+    axes.tick_params(axis="x", labelsize=10)
+    axes.set_xlabel(
+        "microseconds for one call, forward and backward where there is a gradient; median", fontsize=11
+    )
+    axes.grid(axis="x", which="major", alpha=0.3)
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=11, frameon=False)
+    threads = {c.threads for c in shown}
+    at = "" if threads == {0} else f", {max(threads)} thread{'s' if max(threads) > 1 else ''}"
+    footer = f"{machine(described)}{at}, float32; commit {commits(shown)}, environment {shown[0].environment}"
+    figure.supxlabel(footer, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)
-
-
-def _faster(record: Record, other: str) -> str:
-    ratio = record["times_faster_than"].get(other)
-    return "" if ratio is None else f"{ratio['p50']:.2f} ({ratio['p20']:.2f} to {ratio['p80']:.2f})"
-
-
-def _saved(record: Record, row: dict[str, Record], steps: dict[tuple[str, str], float]) -> str:
-    """Share of a training step that this candidate saves over the slower of reference and public code."""
-    rest = steps.get((record["environment"], record["size"]))
-    others = [row[name]["seconds"]["p50"] for name in ("reference", "svd", "public") if name in row]
-    if rest is None or not others or record["seconds"]["p50"] >= max(others):
-        return ""
-    return f"{(max(others) - record['seconds']['p50']) / (rest + max(others)):.2%}"
-
-
-def table(newest: list[Record]) -> str:
-    """Markdown table of all timed candidates, with the share of a training step where one was measured."""
-    steps: dict[tuple[str, str], float] = {}
-    lines = [
-        "| environment | commit | op | size | dtype | pass | candidate | median us | "
-        "times faster than eager | times faster than public code | share of copy rate | "
-        "share of matmul rate | relative error | "
-        "of a training step saved |",
-        "|---" * 14 + "|",
-    ]
-    for (identity, op), rows in _groups([r for r in newest if "times_faster_than" in r]).items():
-        for row in rows.values():
-            for name, r in row.items():
-                cells = (
-                    identity,
-                    r["commit"],
-                    op,
-                    r["size"],
-                    r["dtype"],
-                    r["pass"],
-                    name,
-                    f"{r['seconds']['p50'] * 1e6:.1f}",
-                    _faster(r, r["baseline"]),
-                    _faster(r, "public"),
-                    f"{r['share_of_copy_rate']:.1%}",
-                    f"{r['share_of_matmul_rate']:.1%}",
-                    f"{r['relative_error']:.1e}",
-                    _saved(r, row, steps),
-                )
-                lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,22 +72,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=__doc__)
     parser.add_argument("--records", type=Path, default=records.FOLDER)
     parser.add_argument("--out", type=Path, default=records.PLOTS)
+    parser.add_argument("--readme", type=Path, default=README, help="the file whose kernel table is replaced")
+    parser.add_argument("--environment", help="the README's; by default that of the newest record")
     chosen = parser.parse_args(arguments)
-    newest = list(records.latest(records.measurements(chosen.records)).values())
-    timed = [r for r in newest if "times_faster_than" in r]
-    if not timed:
+    newest = all_newest(chosen.records)
+    if not any("times_faster_than" in record for record in newest):
         print(f"no records in {chosen.records}: run  python -m bench  first", file=sys.stderr)
         return 1
-    described = records.environments(chosen.records)
-    for (identity, op), rows in _groups(timed).items():
-        machine = described[identity]
-        device = machine.get("gpu", f"{machine['cpu']}, {machine.get('threads', 1)} thread")
-        commits = sorted({record["commit"] for row in rows.values() for record in row.values()})
-        title = (
-            f"{op} on {device}, torch {machine['torch']}\ncommit {', '.join(commits)}, environment {identity}"
-        )
-        draw(rows, title, chosen.out / f"{op.rstrip('_')}-{identity}.png")
-    (chosen.out / "table.md").write_text(table(newest), encoding="utf-8")
+    environments = records.environments(chosen.records)
+    identity = chosen.environment or newest_environment(newest)
+    if identity not in environments:
+        print(f"no environment {identity!r}; there are {', '.join(environments)}", file=sys.stderr)
+        return 1
+    shown = headlines(comparisons(newest), identity)
+    draw(shown, environments[identity], chosen.out / "overview.png")
+    (chosen.out / "table.md").write_text(full_table(newest, environments), encoding="utf-8")
+    readme = chosen.readme.read_text(encoding="utf-8")
+    table = readme_table(newest, environments, identity)
+    chosen.readme.write_text(with_table(readme, identity, table), encoding="utf-8")
     return 0
 
 

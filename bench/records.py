@@ -32,9 +32,15 @@ def threads_of(record: Record) -> int:
 def deciding(record: Record) -> Times:
     """The clock that a measurement is judged by."""
     if threads_of(record) > 1:
-        return Times(record["wall_seconds"], record["wall_times_faster_than"], "wall")
+        return Times(deciding_seconds(record), record["wall_times_faster_than"], "wall")
     clock = "events" if record["device"] == "cuda" else "CPU time"
-    return Times(record["seconds"], record["times_faster_than"], clock)
+    return Times(deciding_seconds(record), record["times_faster_than"], clock)
+
+
+def deciding_seconds(record: Record) -> dict[str, float]:
+    """Quantiles by the clock that a measurement is judged by."""
+    seconds: dict[str, float] = record["wall_seconds" if threads_of(record) > 1 else "seconds"]
+    return seconds
 
 
 def _rounded(value: Any) -> Any:

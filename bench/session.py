@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
 
 from bench.operation import Case, Operation
@@ -60,7 +61,7 @@ def run(
 ) -> Outcome:
     """Verifies every op on its quick sizes, then verifies, times and records case by case.
 
-    An op with a wrong candidate is not timed; one that turns out wrong at a later size is not timed further.
+    An op with a wrong or a failing candidate is not timed; one that turns out so at a later size not further.
 
     Args:
         operations: from the registry.
@@ -72,15 +73,17 @@ def run(
     outcome = Outcome()
     wrong: set[str] = set()
 
-    def refuse(operation: Operation, error: VerificationError) -> None:
+    def refuse(operation: Operation, error: Exception) -> None:
+        if not isinstance(error, VerificationError):
+            traceback.print_exc()
         wrong.add(operation.name)
-        outcome.failed.append(f"NOT TIMED: {error}")
+        outcome.failed.append(f"NOT TIMED: {operation.name}: {type(error).__name__}: {error}")
         print(outcome.failed[-1], file=sys.stderr, flush=True)
 
     for operation in operations:
         try:
             verify_quickly(operation, options)
-        except VerificationError as error:
+        except Exception as error:
             refuse(operation, error)
     turns = in_turns(operations, quick=options.quick)
     for number, (operation, case) in enumerate(turns):
@@ -95,7 +98,7 @@ def run(
         budget = min(max(share, _FEWEST_SECONDS_A_PASS), _MOST_SECONDS_A_PASS)
         try:
             made = run_case(operation, case, options, budget, report)
-        except VerificationError as error:
+        except Exception as error:  # the other ops are still worth their time
             refuse(operation, error)
             continue
         outcome.slow_auto += [line for record in made if (line := slow_auto(record)) is not None]

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from bench import records
-from bench.compare import compare
+from bench.memory import peak_bytes
 from bench.operation import Candidate, Operation, Size
-from bench.plot import main as plot
 from bench.registry import OPERATIONS
-from bench.run import run_operation
-from bench.timing import Quantiles, alternate, paired_ratio
+from bench.run import Options, run_operation
+from bench.session import in_turns, run, slow_auto
+from bench.timing import Quantiles, alternate, paired_ratio, plan_rounds
 from bench.verify import VerificationError, bound_for, relative_error
+from bench.yardsticks import yardsticks
 
 DEVICE = torch.device("cuda" if os.environ.get("MOORING_GPU") == "1" else "cpu")
 
@@ -43,6 +43,8 @@ def test_every_candidate_verifies_and_is_timed_in_pairs(name: str, tmp_path: Pat
         assert record["rounds"] == 5
         assert record["counted_bytes"] > 0 and record["counted_flop"] > 0
         assert record["seconds"]["p20"] <= record["seconds"]["p50"] <= record["seconds"]["p80"]
+        assert record["peak_bytes"] >= 0 and record["copy_bytes"] > 0
+        assert DEVICE.type == "cuda" or (record["threads"] >= 1 and record["wall_seconds"]["p50"] > 0)
     assert not list(tmp_path.iterdir()), "a quick run is no measurement and leaves no record"
 
 
@@ -87,6 +89,87 @@ def test_a_wrong_candidate_is_not_timed(spoil: Any, tmp_path: Path) -> None:
         run_operation(spoilt, DEVICE, quick=True, folder=tmp_path, report=quiet)
 
 
+def test_auto_is_a_candidate_of_every_op_and_judged(tmp_path: Path) -> None:
+    for operation in OPERATIONS.values():
+        assert "auto" in {candidate.name for candidate in operation.candidates if candidate.ours}, (
+            operation.name
+        )
+    operation = OPERATIONS["class_statistics"]
+    made = run_operation(operation, DEVICE, quick=True, folder=tmp_path, report=quiet)
+    judged = [record for record in made if record["candidate"] == "auto"]
+    assert judged and all(record["auto_share_of_best"] > 0 for record in judged)
+    slow = judged[0] | {"auto_share_of_best": 0.9499}
+    assert judged[0]["best_candidate"] in str(slow_auto(slow))
+    assert slow_auto(slow | {"auto_share_of_best": 0.95}) is None
+
+
+def test_small_sizes_are_timed_and_first_cases_come_first() -> None:
+    for operation in OPERATIONS.values():
+        assert any(case.small for case in operation.cases) and not operation.cases[0].small, operation.name
+    turns = in_turns(list(OPERATIONS.values()), quick=False)
+    assert [operation.name for operation, _ in turns[: len(OPERATIONS)]] == list(OPERATIONS)
+    assert len(turns) == sum(len(operation.cases) for operation in OPERATIONS.values())
+
+
+def test_a_run_out_of_time_names_what_it_left_out_and_a_failing_op_stops_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    operation = OPERATIONS["row_normalise"]
+    broken = dataclasses.replace(operation, name="broken", counted_bytes=lambda *_: 1 // 0)
+    options = Options(DEVICE, quick=True, candidates=("reference",), folder=tmp_path)
+    lines: list[str] = []
+    outcome = run([broken, operation], options, report=lines.append)
+    assert len(outcome.failed) == 1 and "ZeroDivisionError" in outcome.failed[0]
+    assert len(lines) == len(operation.quick_cases) * 3 and not outcome.left_out
+    outcome = run([operation], options, total_seconds=0.0, report=lines.append)
+    assert len(outcome.left_out) == len(operation.quick_cases)
+    capsys.readouterr()
+
+
+def test_slow_candidates_take_part_in_few_rounds() -> None:
+    plan = plan_rounds({"svd": 10.0, "slow": 2.0, "fast": 0.01, "medium": 0.1}, 50, 8.0)
+    assert plan == {"svd": 2, "slow": 3, "fast": 50, "medium": 25}
+    counts = {"a": 0, "b": 0}
+
+    def call(name: str) -> None:
+        counts[name] += 1
+
+    # b is known to take a second: no warm-up, and three rounds are more than its share
+    calls = {name: functools.partial(call, name) for name in counts}
+    samples = alternate(calls, torch.device("cpu"), rounds=6, budget_seconds=0.5, known={"b": 1.0})
+    assert counts["b"] == len(samples["b"].seconds) == 3 and len(samples["a"].seconds) == 6
+    assert paired_ratio([1.0, 1.0, 9.0], [2.0, 2.0]) == Quantiles(2.0, 2.0, 2.0)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="counts the CPU allocator's events")
+def test_peak_memory_counts_what_is_allocated_inside_a_call() -> None:
+    x = torch.ones(1024)
+
+    def call() -> torch.Tensor:
+        wide = x.expand(8, 1024).contiguous()  # 32 KiB that are gone at the end
+        kept = wide.sum(0)  # 4 KiB
+        del wide
+        return kept.contiguous()
+
+    peak, seconds = peak_bytes(call, DEVICE)
+    assert 36 * 1024 <= peak < 37 * 1024 and seconds > 0
+
+
+def test_the_copy_yardstick_moves_the_bytes_of_the_op() -> None:
+    assert yardsticks(DEVICE, 10_000_000, 2, quick=True).copy_bytes == 10_000_000
+    assert yardsticks(DEVICE, 8, 2, quick=True).copy_bytes == 2**16
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="threads of the CPU")
+def test_each_number_of_threads_has_a_process_of_its_own(repository: Path) -> None:
+    command = [sys.executable, "-m", "bench", "class_statistics", "--quick", "--threads", "1", "2"]
+    command += ["--candidates", "reference", "auto"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    timed = [line for line in done.stdout.splitlines() if not line.startswith("WARNING")]
+    assert len(timed) == 2 * 2 * len(OPERATIONS["class_statistics"].quick_cases)
+
+
 def test_relative_error_and_bound() -> None:
     expected = torch.tensor([3.0, 4.0])
     assert relative_error(torch.tensor([3.0, 4.5]), expected) == pytest.approx(0.1)
@@ -116,58 +199,6 @@ def test_rounds_alternate_and_ratios_are_paired() -> None:
     assert paired_ratio(drifting, [3 * v for v in drifting]) == Quantiles(3.0, 3.0, 3.0)
 
 
-def fake_record(commit: str, seconds: float, copy_rate: float, candidate: str = "native") -> dict[str, Any]:
-    return {
-        "op": "calibrate",
-        "size": "B1-K2-D3-C4",
-        "dtype": "float32",
-        "device": "cpu",
-        "pass": "forward",
-        "candidate": candidate,
-        "baseline": "reference",
-        "environment": "e0",
-        "commit": commit,
-        "seconds": {"p20": 0.9 * seconds, "p50": seconds, "p80": 1.1 * seconds},
-        "times_faster_than": {"reference": {"p20": 1.0, "p50": 2.0, "p80": 3.0}},
-        "share_of_copy_rate": 0.5,
-        "share_of_matmul_rate": 0.5,
-        "relative_error": 1e-7,
-        "copy_bytes_per_second": copy_rate,
-    }
-
-
-def test_compare_corrects_for_the_machine_and_takes_the_newest() -> None:
-    history = [
-        fake_record("aaa", 9.0, 1.0),
-        fake_record("aaa", 4.0, 1.0),
-        fake_record("bbb", 4.0, 0.5),  # the machine ran at half its speed: the code got twice as fast
-        fake_record("bbb", 1.0, 1.0, candidate="only new"),
-    ]
-    (change,) = compare(history, "aa", "bbb")
-    assert change.speed_up == pytest.approx(2.0) and change.beyond_noise
-    assert (change.old_seconds, change.new_seconds) == (4.0, 4.0)
-    assert compare(history, "aaa", "ccc") == []
-
-
-def test_pictures_and_table_are_drawn_from_records(tmp_path: Path) -> None:
-    store, out = tmp_path / "records", tmp_path / "plots"
-    assert plot(["--records", str(store), "--out", str(out)]) == 1
-    environment: dict[str, object] = {"cpu": "a CPU", "threads": 1, "torch": "2"}
-    records.remember_environment("e0", environment, store)
-    records.remember_environment("e0", environment, store)
-    assert len(records.environments(store)) == 1
-    for record in (fake_record("a", 2e-6, 1.0, "reference"), fake_record("a", 1e-6, 1.0)):
-        records.append(record, store)
-    step = fake_record("a", 8e-6, 1.0, "resnet50") | {"op": "training_step"}
-    del step["times_faster_than"], step["baseline"]
-    records.append(step, store)
-    assert plot(["--records", str(store), "--out", str(out)]) == 0
-    assert (out / "calibrate-e0.png").read_bytes().startswith(b"\x89PNG")
-    lines = (out / "table.md").read_text().splitlines()
-    assert len(lines) == 4
-    assert lines[3].endswith("| native | 1.0 | 2.00 (1.00 to 3.00) |  | 50.0% | 50.0% | 1.0e-07 |  |")
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only a machine without CUDA can say so")
 @pytest.mark.parametrize(
     "command", [["bench/gpu.py"], ["-m", "bench", "--device", "cuda"]], ids=["make-gpu", "bench"]
@@ -184,12 +215,3 @@ def test_an_unknown_op_is_named(repository: Path) -> None:
     command = [sys.executable, "-m", "bench", "calibrat"]
     run = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)
     assert run.returncode == 2 and "got calibrat" in run.stderr and "row_normalise" in run.stderr
-
-
-def test_the_pictures_are_drawn_from_the_committed_records(tmp_path: Path) -> None:
-    """The folder also holds results of whole runs (the demo, the data sources): they are no measurement of an op."""
-    from bench import plot, records
-
-    assert (records.FOLDER / "demo.jsonl").is_file()
-    assert plot.main(["--out", str(tmp_path)]) == 0
-    assert (tmp_path / "table.md").stat().st_size > 0
