@@ -10,6 +10,8 @@ from bench.operations import (
     procrustes_rotation,
     ring_push,
     row_normalise,
+    text_supervised_loss,
+    two_head_cross_entropy,
 )
 
 _DECLARED = (
@@ -19,6 +21,8 @@ _DECLARED = (
     calibrate,
     procrustes_rotation,
     bank_cross_entropy,
+    text_supervised_loss,
+    two_head_cross_entropy,
 )
 
 OPERATIONS: dict[str, Operation] = {

@@ -1,5 +1,4 @@
-#include <cmath>
-
+#include "cpu/cross_entropy_row.h"
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
 #include "cpu/row_pointer.h"
@@ -14,29 +13,21 @@ void softmax_cross_entropy_forward(const float* logits, const int64_t* labels, f
     for (int64_t i = 0; i < N; ++i) {
         loss[i] = lse[i] = 0.0f;
         if (!is_class(labels[i], C)) continue;
-        const float* x = logits + i * C;
-        const float highest = kernels.maximum(x, C);
-        const float log_sum = std::log(kernels.sum_exp(x, highest, C));
-        lse[i] = highest + log_sum;
-        // relative to the row's maximum, so that large logits do not cancel
-        loss[i] = log_sum - (1.0f - smoothing) * (x[labels[i]] - highest);
-        if (smoothing != 0.0f) {
-            loss[i] -= smoothing * (kernels.sum(x, C) / static_cast<float>(C) - highest);
-        }
+        const CrossEntropyRow row = cross_entropy_row(kernels, logits + i * C, labels[i], smoothing, C);
+        loss[i] = row.loss;
+        lse[i] = row.lse;
     }
 }
 
 void softmax_cross_entropy_backward(const float* logits, const int64_t* labels, const float* lse, float scale,
                                     float smoothing, float* grad, int64_t N, int64_t C, int threads) {
     const RowKernels& kernels = row_kernels();
-    const float uniform = smoothing / static_cast<float>(C);
     const int workers = useful_threads(threads, N * C);
 #pragma omp parallel for schedule(static) num_threads(workers)
     for (int64_t i = 0; i < N; ++i) {
         float* row = grad + i * C;
         if (is_class(labels[i], C)) {
-            kernels.softmax_grad(row, logits + i * C, lse[i], uniform, scale, C);
-            row[labels[i]] -= scale * (1.0f - smoothing);
+            cross_entropy_row_grad(kernels, row, logits + i * C, labels[i], lse[i], scale, smoothing, C);
         } else {
             for (int64_t j = 0; j < C; ++j) row[j] = 0.0f;
         }

@@ -89,6 +89,13 @@ inline float from_bf16(uint16_t stored) {
     return value;
 }
 
+// Element `at` of a result that was written as bf16 into memory allocated as fp32.
+inline float bf16_at(const std::vector<float>& memory, size_t at) {
+    uint16_t stored;
+    std::memcpy(&stored, reinterpret_cast<const char*>(memory.data()) + at * sizeof stored, sizeof stored);
+    return from_bf16(stored);
+}
+
 inline double norm(const float* row, int64_t n) {
     double total = 0;
     for (int64_t i = 0; i < n; ++i) total += static_cast<double>(row[i]) * row[i];

@@ -15,6 +15,8 @@ from mooring_kernels.ring_push.op import ring_push_
 from mooring_kernels.row_normalise.op import row_normalise
 from mooring_kernels.runtime.dispatch import Impl
 from mooring_kernels.runtime.native import cpu_capability
+from mooring_kernels.text_supervised_loss.op import text_supervised_loss
+from mooring_kernels.two_head_cross_entropy.op import two_head_cross_entropy
 
 __all__ = [
     "Impl",
@@ -25,4 +27,6 @@ __all__ = [
     "procrustes_rotation",
     "ring_push_",
     "row_normalise",
+    "text_supervised_loss",
+    "two_head_cross_entropy",
 ]

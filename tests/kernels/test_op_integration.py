@@ -22,6 +22,8 @@ from mooring_kernels import (
     procrustes_rotation,
     ring_push_,
     row_normalise,
+    text_supervised_loss,
+    two_head_cross_entropy,
 )
 from mooring_kernels.bank_cross_entropy import op as bank_cross_entropy_op
 from mooring_kernels.calibrate import op as calibrate_op
@@ -29,6 +31,8 @@ from mooring_kernels.class_statistics import op as class_statistics_op
 from mooring_kernels.procrustes_rotation import op as procrustes_rotation_op
 from mooring_kernels.ring_push import op as ring_push_op
 from mooring_kernels.row_normalise import op as row_normalise_op
+from mooring_kernels.text_supervised_loss import op as text_supervised_loss_op
+from mooring_kernels.two_head_cross_entropy import op as two_head_cross_entropy_op
 
 _C = pytest.importorskip("mooring_kernels._C")
 
@@ -70,6 +74,28 @@ def opcheck_cases() -> list[Any]:
         (procrustes_rotation_op._forward, (FROZEN, TUNED, LABELS, 0.0, False, True, True)),
         (bank_cross_entropy_op._forward, (*head_rows, True, [True, True, True], "native")),
         (bank_cross_entropy_op._forward, (*weight_alone, False, [False, True, False], "native")),
+        (
+            text_supervised_loss_op._forward,
+            (leaf["features"], leaf["weight"].new_ones(5, 6), LABELS[:5], 0.03, 0.1, 0.3, "native"),
+        ),
+        (
+            text_supervised_loss_op._backward,
+            (
+                *(FEATURES, FEATURES, LABELS[:5], torch.ones(()), torch.ones(5), torch.ones(5)),
+                *(torch.ones(()), 0.03, 0.1, 0.3, [True, False], "native"),
+            ),
+        ),
+        (
+            two_head_cross_entropy_op._forward,
+            (leaf["features"], LABELS[:5], leaf["weight"], LABELS[:4], torch.ones(()), 0.0, 0.1, "native"),
+        ),
+        (
+            two_head_cross_entropy_op._backward,
+            (
+                *(FEATURES, LABELS[:5], HEAD, LABELS[:4], None, torch.ones(2), torch.ones(9)),
+                *(torch.ones(()), None, torch.ones(()), 0.5, 0.1, [False, True], "native"),
+            ),
+        ),
     ]
     return [
         pytest.param(op, arguments, id=f"{op._name}-{index}") for index, (op, arguments) in enumerate(cases)
@@ -96,6 +122,10 @@ PROGRAMS: dict[str, Callable[[Tensor], Tensor]] = {
     "calibrate": lambda x: calibrate(x, TUNED[:5], LABELS[:5], HEAD, ROTATION, x.detach().norm(dim=1).mean()),
     "procrustes_rotation": lambda x: procrustes_rotation(x, TUNED[:5], LABELS[:5]),
     "bank_cross_entropy": lambda x: bank_cross_entropy(x, LABELS[:5], FROZEN, LABELS, HEAD, BIAS),
+    "text_supervised_loss": lambda x: text_supervised_loss(x, x / 4, LABELS[:5], 0.03, 0.1, 0.3),
+    "two_head_cross_entropy": lambda x: sum(
+        two_head_cross_entropy(x, LABELS[:5], 3 * x[:, :4], LABELS[:5], x.detach()[0, 0])[:2]
+    ),
 }
 
 
@@ -195,6 +225,41 @@ def wrong_calls() -> list[Any]:
             r"bias must be \[4\]; got \[2\]",
         ),
         (
+            lambda: text_supervised_loss(FEATURES, FROZEN, LABELS[:5], 0.03, 0.1, 0.3),
+            ValueError,
+            r"cosines must be \[5, 6\]; got \[9, 6\]",
+        ),
+        (
+            lambda: text_supervised_loss(FEATURES, FEATURES, LABELS[:5], 0.0, 0.1, 0.3),
+            ValueError,
+            r"tau must be > 0; got 0.0",
+        ),
+        (
+            lambda: text_supervised_loss(FEATURES, FEATURES, LABELS[:5], 0.03, 1.1, 0.3),
+            ValueError,
+            r"lambda_v must be in \[0, 1\]; got 1.1",
+        ),
+        (
+            lambda: text_supervised_loss(FEATURES, FEATURES, LABELS[:5], 0.03, 0.1, -0.3),
+            ValueError,
+            "lambda_t must be finite and >= 0; got -0.3",
+        ),
+        (
+            lambda: two_head_cross_entropy(FEATURES, LABELS[:5], HEAD, LABELS[:5], 0.5),
+            ValueError,
+            r"source_labels must be \[4\] int64",
+        ),
+        (
+            lambda: two_head_cross_entropy(FEATURES, LABELS[:5], HEAD, LABELS[:4], torch.ones(1)),
+            ValueError,
+            r"source_weight must be \[\]; got \[1\]",
+        ),
+        (
+            lambda: two_head_cross_entropy(FEATURES, LABELS[:5], HEAD[:, :0], LABELS[:4], 0.5),
+            ValueError,
+            "C_S must be at least 1; got 0",
+        ),
+        (
             lambda: ring_push_([FROZEN], LABELS, [FEATURES], LABELS[:5], 9),
             ValueError,
             r"head must be in 0..8; got 9",
@@ -249,8 +314,11 @@ def test_all_capabilities_of_this_cpu_agree() -> None:
         for name in _C.cpu_capabilities():
             _C.set_cpu_capability(name)
             assert cpu_capability() == name
-            results[name] = bank_cross_entropy(
-                FEATURES, LABELS[:5], FROZEN, LABELS, 50 * HEAD, BIAS, impl="native"
+            results[name] = torch.stack(
+                [
+                    bank_cross_entropy(FEATURES, LABELS[:5], FROZEN, LABELS, 50 * HEAD, BIAS, impl="native"),
+                    text_supervised_loss(FEATURES, FEATURES, LABELS[:5], 0.3, 0.1, 0.3, impl="native"),
+                ]
             )
     finally:
         _C.set_cpu_capability(before)

@@ -22,6 +22,7 @@ from mooring.methods import dr_tune, fine_tune, linear_probe, lp_ft
 from mooring.data.scan import scan
 from mooring_kernels import (
     bank_cross_entropy, calibrate, class_statistics, procrustes_rotation, ring_push_, row_normalise,
+    text_supervised_loss, two_head_cross_entropy,
 )
 assert not {"nvidia.dali", "deepspeed", "triton", "transformers"} & set(sys.modules)
 import torch

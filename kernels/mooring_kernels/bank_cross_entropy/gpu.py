@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mooring_kernels.bank_cross_entropy.tiles import cross_entropy_bwd_tile, cross_entropy_fwd_tile
 from mooring_kernels.runtime.triton_launch import blocked_row_tile, on_device_of
 
 
@@ -33,39 +34,22 @@ def softmax_cross_entropy_rows_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    label = tl.load(labels_ptr + rows * stride_labels_n, mask=rows < N, other=-1)  # [BLOCK_N]
-    valid = (label >= 0) & (label < C)  # masked rows are not read: an empty slot may hold anything
-
-    peak = tl.full([BLOCK_N], float("-inf"), dtype=tl.float32)  # largest logit so far
-    total = tl.zeros([BLOCK_N], dtype=tl.float32)  # sum of exp(logit - peak)
-    shifted = tl.zeros([BLOCK_N], dtype=tl.float32)  # sum of logit - peak, for the smoothed target
-    for first in range(0, C, BLOCK_C):
-        columns = first + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-        inside = valid[:, None] & (columns < C)[None, :]  # [BLOCK_N, BLOCK_C]
-        logits = tl.load(
-            logits_ptr + rows[:, None] * stride_logits_n + columns[None, :] * stride_logits_c,
-            mask=inside,
-            other=float("-inf"),
-        ).to(tl.float32)  # [BLOCK_N, BLOCK_C]
-        raised = tl.maximum(peak, tl.max(logits, axis=1))  # [BLOCK_N]
-        origin = tl.where(raised == float("-inf"), 0.0, raised)  # -inf - -inf would be NaN
-        total = total * tl.exp(peak - origin) + tl.sum(tl.exp(logits - origin[:, None]), axis=1)
-        if SMOOTHED:
-            moved = tl.where(peak == float("-inf"), 0.0, peak - origin)  # [BLOCK_N]
-            shifted += first * moved + tl.sum(tl.where(inside, logits - origin[:, None], 0.0), axis=1)
-        peak = raised
-
-    log_total = tl.log(tl.where(valid, total, 1.0))  # [BLOCK_N]
-    target = tl.load(logits_ptr + rows * stride_logits_n + label * stride_logits_c, mask=valid, other=0.0).to(
-        tl.float32
-    )  # [BLOCK_N]
-    # Everything relative to the peak: a common shift of the logits costs no digits.
-    loss = log_total - (1.0 - label_smoothing) * (target - peak)  # [BLOCK_N]
-    if SMOOTHED:
-        loss -= label_smoothing * (shifted / C)
-    tl.store(loss_ptr + rows, tl.where(valid, loss, 0.0), mask=rows < N)
-    tl.store(lse_ptr + rows, tl.where(valid, peak + log_total, 0.0), mask=rows < N)
+    cross_entropy_fwd_tile(
+        logits_ptr,
+        labels_ptr,
+        loss_ptr,
+        lse_ptr,
+        N,
+        label_smoothing,
+        C,
+        stride_logits_n,
+        stride_logits_c,
+        stride_labels_n,
+        SMOOTHED,
+        tl.program_id(0),
+        BLOCK_N,
+        BLOCK_C,
+    )
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -85,25 +69,23 @@ def softmax_cross_entropy_rows_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-    label = tl.load(labels_ptr + rows * stride_labels_n, mask=rows < N, other=-1)  # [BLOCK_N]
-    valid = (label >= 0) & (label < C)
-    in_tile = (rows < N)[:, None] & (columns < C)[None, :]  # [BLOCK_N, BLOCK_C]
-    inside = in_tile & valid[:, None]  # [BLOCK_N, BLOCK_C]
-    lse = tl.load(lse_ptr + rows, mask=rows < N, other=0.0)  # [BLOCK_N]
-    logits = tl.load(
-        logits_ptr + rows[:, None] * stride_logits_n + columns[None, :] * stride_logits_c,
-        mask=inside,
-        other=0.0,
-    ).to(tl.float32)  # [BLOCK_N, BLOCK_C]
-    softmax = tl.exp(logits - lse[:, None])  # [BLOCK_N, BLOCK_C]
-    target = tl.where(columns[None, :] == label[:, None], 1.0 - label_smoothing, 0.0) + label_smoothing / C
-    grad = tl.load(scale_ptr).to(tl.float32) * (softmax - target)  # [BLOCK_N, BLOCK_C]
-    tl.store(
-        grad_logits_ptr + rows[:, None] * stride_grad_logits_n + columns[None, :],
-        tl.where(inside, grad, 0.0).to(grad_logits_ptr.dtype.element_ty),
-        mask=in_tile,
+    cross_entropy_bwd_tile(
+        logits_ptr,
+        labels_ptr,
+        lse_ptr,
+        grad_logits_ptr,
+        tl.load(scale_ptr).to(tl.float32),
+        N,
+        label_smoothing,
+        C,
+        stride_logits_n,
+        stride_logits_c,
+        stride_labels_n,
+        stride_grad_logits_n,
+        tl.program_id(0),
+        tl.program_id(1),
+        BLOCK_N,
+        BLOCK_C,
     )
 
 

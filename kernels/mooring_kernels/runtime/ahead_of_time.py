@@ -37,6 +37,8 @@ from mooring_kernels.calibrate import gpu_cases as calibrate
 from mooring_kernels.class_statistics import gpu_cases as class_statistics
 from mooring_kernels.ring_push import gpu_cases as ring_push
 from mooring_kernels.row_normalise import gpu_cases as row_normalise
+from mooring_kernels.text_supervised_loss import gpu_cases as text_supervised_loss
+from mooring_kernels.two_head_cross_entropy import gpu_cases as two_head_cross_entropy
 
 # Every op with Triton kernels: `cases()` of its gpu_cases.py calls each launcher at the shapes that are used.
 _OPS = (
@@ -45,6 +47,8 @@ _OPS = (
     class_statistics,
     ring_push,
     row_normalise,
+    text_supervised_loss,
+    two_head_cross_entropy,
 )
 
 MAX_REGISTERS = 255  # per thread, on every device since sm_35
