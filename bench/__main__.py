@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 
-from bench.outcome import Outcome, UnknownOperationError
-from bench.threads import in_processes
+from bench.outcome import Outcome, Request, UnknownOperationError
+from bench.threads import in_new_process
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -22,6 +23,9 @@ def _arguments() -> argparse.ArgumentParser:
         help="CPU only; each count in its own process",
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds, nothing recorded")
+    parser.add_argument(
+        "--verify-only", action="store_true", help="hold the quick sizes against float64, no more"
+    )
     parser.add_argument("--no-record", action="store_true", help="print only")
     parser.add_argument(
         "--candidates", nargs="+", default=[], metavar="NAME", help="only these; the first is the baseline"
@@ -30,16 +34,17 @@ def _arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def _on_cuda(chosen: argparse.Namespace) -> Outcome:
-    import torch
+def _run(wanted: Request, counts: list[int]) -> Outcome:
+    if wanted.device == "cuda":
+        from bench.session import serve
 
-    from bench import records
-    from bench.run import Options
-    from bench.session import chosen_operations, run
-
-    folder = None if chosen.no_record else records.FOLDER
-    options = Options(torch.device("cuda"), chosen.quick, tuple(chosen.candidates), folder)
-    return run(chosen_operations(chosen.op), options, total_seconds=chosen.seconds)
+        return serve(wanted)
+    total = Outcome()
+    if wanted.seconds is not None:
+        wanted = replace(wanted, seconds=wanted.seconds / len(counts))
+    for threads in counts:
+        total += in_new_process(threads, "bench.session:serve", wanted, threads)
+    return total
 
 
 def main() -> int:
@@ -54,12 +59,17 @@ def main() -> int:
         if not torch.cuda.is_available():
             print("--device cuda needs a CUDA device, and torch sees none", file=sys.stderr)
             return 2
+    wanted = Request(
+        names=tuple(chosen.op),
+        device=chosen.device,
+        quick=chosen.quick,
+        candidates=tuple(chosen.candidates),
+        write=not chosen.no_record,
+        verify_only=chosen.verify_only,
+        seconds=chosen.seconds,
+    )
     try:
-        if chosen.device == "cuda":
-            outcome = _on_cuda(chosen)
-        else:
-            plan = (chosen.op, chosen.seconds, chosen.quick, chosen.candidates, not chosen.no_record)
-            outcome = in_processes(chosen.threads, *plan)
+        outcome = _run(wanted, chosen.threads)
     except UnknownOperationError as error:
         parser.error(str(error))
     for line in outcome.left_out:

@@ -36,12 +36,14 @@ class Options:
         quick: small sizes, few rounds, no torch.compile: a check of the machinery, never recorded.
         candidates: only these, the first of them the baseline; empty: all.
         folder: where records are appended; None: nowhere.
+        compiled: torch.compile is among the candidates.
     """
 
     device: torch.device
     quick: bool = False
     candidates: tuple[str, ...] = ()
     folder: Path | None = None
+    compiled: bool = True
 
     def wants(self, candidate: Candidate, case: Case) -> bool:
         """torch.compile takes seconds a case, and no dispatch could choose it: it is left out where calls are small."""
@@ -49,7 +51,7 @@ class Options:
             self.device.type in candidate.devices
             and case.dtype in candidate.dtypes
             and candidate.takes(case.size)
-            and not (candidate.compiled and (self.quick or case.small))
+            and not (candidate.compiled and (self.quick or case.small or not self.compiled))
             and (not self.candidates or candidate.name in self.candidates)
         )
 

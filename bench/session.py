@@ -7,15 +7,20 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
+import torch
+
+from bench import records
 from bench.operation import Case, Operation
-from bench.outcome import Outcome, UnknownOperationError
+from bench.outcome import Outcome, Request, UnknownOperationError
 from bench.records import Record, deciding
 from bench.registry import OPERATIONS
 from bench.run import Options, dtype_name, run_case, verify_quickly
 from bench.verify import VerificationError
 
 SLOWEST_AUTO = 0.95  # of the best candidate
+COMPILE_SECONDS = 15.0  # a case with torch.compile: less than this for each op, and the ops go before it
 _MOST_SECONDS_A_PASS, _FEWEST_SECONDS_A_PASS = 20.0, 1.0
 
 
@@ -45,11 +50,26 @@ def slow_auto(record: Record) -> str | None:
     )
 
 
-def in_turns(operations: list[Operation], *, quick: bool) -> list[tuple[Operation, Case]]:
+def serve(wanted: Request, threads: int = 0) -> Outcome:
+    """``run`` as a request says.
+
+    Args:
+        wanted: the request.
+        threads: of the CPU, settled before this process imported torch; 0: leave them.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    folder = records.FOLDER if wanted.write else None
+    options = Options(torch.device(wanted.device), wanted.quick, wanted.candidates, folder)
+    operations = chosen_operations(wanted.names)
+    return run(operations, options, total_seconds=wanted.seconds, verify_only=wanted.verify_only)
+
+
+def in_turns(operations: list[Operation], *, quick: bool) -> list[list[tuple[Operation, Case]]]:
     """First cases of all ops, then second ones, and so on: a short run still covers every op."""
     cases = [(op, op.quick_cases if quick else op.cases) for op in operations]
     longest = max((len(of_op) for _, of_op in cases), default=0)
-    return [(op, of_op[turn]) for turn in range(longest) for op, of_op in cases if turn < len(of_op)]
+    return [[(op, of_op[turn]) for op, of_op in cases if turn < len(of_op)] for turn in range(longest)]
 
 
 def run(
@@ -57,6 +77,7 @@ def run(
     options: Options,
     *,
     total_seconds: float | None = None,
+    verify_only: bool = False,
     report: Callable[[str], None] = print,
 ) -> Outcome:
     """Verifies every op on its quick sizes, then verifies, times and records case by case.
@@ -67,6 +88,7 @@ def run(
         operations: from the registry.
         options: how.
         total_seconds: wall time for all of it; the cases that are left when it is up are named.
+        verify_only: stop once the quick sizes are verified.
         report: takes one line at a time.
     """
     end = math.inf if total_seconds is None else time.monotonic() + total_seconds
@@ -85,21 +107,27 @@ def run(
             verify_quickly(operation, options)
         except Exception as error:
             refuse(operation, error)
-    turns = in_turns(operations, quick=options.quick)
-    for number, (operation, case) in enumerate(turns):
-        if operation.name in wrong:
-            continue
-        left = end - time.monotonic()
-        if left <= 0:
-            outcome.left_out.append(f"{operation.name} {case.size} {dtype_name(case.dtype)}")
-            continue
-        # half: inputs, the float64 definition, compilation and warm-up take the rest
-        share = 0.5 * left / (len(turns) - number) / len(operation.passes)
-        budget = min(max(share, _FEWEST_SECONDS_A_PASS), _MOST_SECONDS_A_PASS)
-        try:
-            made = run_case(operation, case, options, budget, report)
-        except Exception as error:  # the other ops are still worth their time
-            refuse(operation, error)
-            continue
-        outcome.slow_auto += [line for record in made if (line := slow_auto(record)) is not None]
+    turns = [] if verify_only else in_turns(operations, quick=options.quick)
+    cases_left = sum(len(turn) for turn in turns)
+    for turn in turns:
+        for number, (operation, case) in enumerate(turn):
+            left, share = end - time.monotonic(), 0.5 * (end - time.monotonic()) / cases_left
+            cases_left -= 1
+            if operation.name in wrong:
+                continue
+            where = f"{operation.name} {case.size} {dtype_name(case.dtype)}"
+            if left <= 0:
+                outcome.left_out.append(where)
+                continue
+            compiled = left / (len(turn) - number) >= COMPILE_SECONDS
+            if not compiled and not case.small:
+                outcome.left_out.append(f"{where}: torch.compile")
+            # half: inputs, the float64 definition, compilation and warm-up take the rest
+            budget = min(max(share / len(operation.passes), _FEWEST_SECONDS_A_PASS), _MOST_SECONDS_A_PASS)
+            try:
+                made = run_case(operation, case, replace(options, compiled=compiled), budget, report)
+            except Exception as error:  # the other ops are still worth their time
+                refuse(operation, error)
+                continue
+            outcome.slow_auto += [line for record in made if (line := slow_auto(record)) is not None]
     return outcome

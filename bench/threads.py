@@ -6,17 +6,14 @@ as work, and a worker of one candidate's pool would still hold a core while the 
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any, TypeVar
-
-from bench.outcome import Outcome
+from typing import Any
 
 WAIT_POLICY = "passive"
-Result = TypeVar("Result")
 
 
 def settle(threads: int) -> None:
@@ -36,51 +33,19 @@ def settle(threads: int) -> None:
     }
 
 
-def in_new_process(threads: int, function: Callable[..., Result], *arguments: Any) -> Result:
-    """``function(*arguments)`` in a new process at this many threads (0: as torch likes); picklable both ways."""
+def in_new_process(threads: int, function: str, *arguments: Any) -> Any:
+    """``function(*arguments)`` in a new process at this many threads (0: as torch likes).
+
+    Args:
+        function: "module:name": it is imported there, and torch with it, but not here.
+    """
     if threads:
         settle(threads)  # the new process inherits it; this one never imports torch
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
-        return pool.submit(function, *arguments).result()
+        return pool.submit(_call, function, *arguments).result()
 
 
-def in_processes(
-    counts: list[int],
-    names: list[str],
-    total_seconds: float | None,
-    quick: bool,
-    candidates: list[str],
-    write: bool,
-) -> Outcome:
-    """``bench.session.run`` on the CPU, one thread count after the other, each in a new process.
-
-    Args:
-        counts: numbers of threads; ``total_seconds`` is shared evenly among them.
-        names: ops; none for all.
-    """
-    total = Outcome()
-    for threads in counts:
-        seconds = None if total_seconds is None else total_seconds / len(counts)
-        plan = (names, threads, seconds, quick, candidates, write)
-        total += in_new_process(threads, _in_this_process, *plan)
-    return total
-
-
-def _in_this_process(
-    names: list[str],
-    threads: int,
-    total_seconds: float | None,
-    quick: bool,
-    candidates: list[str],
-    write: bool,
-) -> Outcome:
-    import torch
-
-    from bench import records
-    from bench.run import Options
-    from bench.session import chosen_operations, run
-
-    torch.set_num_threads(threads)
-    options = Options(torch.device("cpu"), quick, tuple(candidates), records.FOLDER if write else None)
-    return run(chosen_operations(names), options, total_seconds=total_seconds)
+def _call(function: str, *arguments: Any) -> Any:
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)(*arguments)

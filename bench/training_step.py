@@ -108,7 +108,7 @@ def main() -> int:
         for encoder in chosen.encoders:
             plan = (encoder, chosen.device, threads, batch, chosen.rounds, chosen.seconds)
             try:
-                in_new_process(threads, measure, *plan)
+                in_new_process(threads, "bench.training_step:measure", *plan)
             except ImportError as error:
                 print(
                     f"the training step needs timm, which cannot be imported here: {error}", file=sys.stderr

@@ -107,8 +107,8 @@ def test_small_sizes_are_timed_and_first_cases_come_first() -> None:
     for operation in OPERATIONS.values():
         assert any(case.small for case in operation.cases) and not operation.cases[0].small, operation.name
     turns = in_turns(list(OPERATIONS.values()), quick=False)
-    assert [operation.name for operation, _ in turns[: len(OPERATIONS)]] == list(OPERATIONS)
-    assert len(turns) == sum(len(operation.cases) for operation in OPERATIONS.values())
+    assert [operation.name for operation, _ in turns[0]] == list(OPERATIONS)
+    assert sum(len(turn) for turn in turns) == sum(len(operation.cases) for operation in OPERATIONS.values())
 
 
 def test_a_run_out_of_time_names_what_it_left_out_and_a_failing_op_stops_alone(
