@@ -10,6 +10,7 @@ import torch  # noqa: F401
 from mooring_kernels.bank_cross_entropy.op import bank_cross_entropy
 from mooring_kernels.calibrate.op import calibrate
 from mooring_kernels.class_statistics.op import class_statistics
+from mooring_kernels.dr_tune_loss.op import dr_tune_loss
 from mooring_kernels.procrustes_rotation.op import procrustes_rotation
 from mooring_kernels.ring_push.op import ring_push_
 from mooring_kernels.row_normalise.op import row_normalise
@@ -24,6 +25,7 @@ __all__ = [
     "calibrate",
     "class_statistics",
     "cpu_capability",
+    "dr_tune_loss",
     "procrustes_rotation",
     "ring_push_",
     "row_normalise",

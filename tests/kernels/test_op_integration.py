@@ -19,6 +19,7 @@ from mooring_kernels import (
     calibrate,
     class_statistics,
     cpu_capability,
+    dr_tune_loss,
     procrustes_rotation,
     ring_push_,
     row_normalise,
@@ -28,6 +29,7 @@ from mooring_kernels import (
 from mooring_kernels.bank_cross_entropy import op as bank_cross_entropy_op
 from mooring_kernels.calibrate import op as calibrate_op
 from mooring_kernels.class_statistics import op as class_statistics_op
+from mooring_kernels.dr_tune_loss import op as dr_tune_loss_op
 from mooring_kernels.procrustes_rotation import op as procrustes_rotation_op
 from mooring_kernels.ring_push import op as ring_push_op
 from mooring_kernels.row_normalise import op as row_normalise_op
@@ -51,6 +53,7 @@ def fresh() -> dict[str, Tensor]:
 def opcheck_cases() -> list[Any]:
     leaf = fresh()
     head_rows = (leaf["features"], LABELS[:5], FROZEN, LABELS, leaf["weight"], leaf["bias"], 0.1)
+    block = (leaf["features"], LABELS[:5], FROZEN, TUNED, LABELS, leaf["weight"], leaf["bias"])
     weight_alone = (FEATURES, *head_rows[1:5], BIAS, 0.1)
     cases = [
         (row_normalise_op._forward, (leaf["features"], 1e-12, "native")),
@@ -73,6 +76,10 @@ def opcheck_cases() -> list[Any]:
         (procrustes_rotation_op._forward, (FROZEN, TUNED, LABELS, 1e-3, True, True, False)),
         (procrustes_rotation_op._forward, (FROZEN, TUNED, LABELS, 0.0, False, True, True)),
         (bank_cross_entropy_op._forward, (*head_rows, True, [True, True, True], "native")),
+        (
+            dr_tune_loss_op._forward,
+            (*block, ROTATION, torch.ones(()), 1.0, 0.1, True, [True, True, True], "native"),
+        ),
         (bank_cross_entropy_op._forward, (*weight_alone, False, [False, True, False], "native")),
         (
             text_supervised_loss_op._forward,
@@ -121,6 +128,9 @@ PROGRAMS: dict[str, Callable[[Tensor], Tensor]] = {
     ),
     "calibrate": lambda x: calibrate(x, TUNED[:5], LABELS[:5], HEAD, ROTATION, x.detach().norm(dim=1).mean()),
     "procrustes_rotation": lambda x: procrustes_rotation(x, TUNED[:5], LABELS[:5]),
+    "dr_tune_loss": lambda x: dr_tune_loss(
+        x, LABELS[:5], FROZEN, TUNED, LABELS, HEAD, BIAS, ROTATION, x.detach().norm(dim=1).mean()
+    ),
     "bank_cross_entropy": lambda x: bank_cross_entropy(x, LABELS[:5], FROZEN, LABELS, HEAD, BIAS),
     "text_supervised_loss": lambda x: text_supervised_loss(x, x / 4, LABELS[:5], 0.03, 0.1, 0.3),
     "two_head_cross_entropy": lambda x: sum(

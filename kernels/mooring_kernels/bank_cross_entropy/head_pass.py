@@ -62,9 +62,8 @@ def head_pass(
     keep_logits: bool,
     needs: list[bool],
     rows_gradient_: RowsGradient,
-    batch_weight: float = 1.0,
 ) -> HeadPass:
-    """``batch_weight * sum of the first B rows' losses + sum of the others'``.
+    """Sum of the losses of all rows, and its gradients.
 
     Args:
         chunks: rows [n, D] fp32 and labels [n]; the first chunk begins with the batch. A chunk is used before the
@@ -75,10 +74,10 @@ def head_pass(
         keep_logits: return the logits of the batch.
         needs: gradients of the features, the weight, the bias.
         rows_gradient_: see there.
-        batch_weight: of the batch's losses.
     """
     classes = head.shape[0]
-    total, buffer = head.new_zeros(()), head.new_empty(longest, -(-classes // _PAD) * _PAD)
+    buffer = head.new_empty(longest, -(-classes // _PAD) * _PAD)
+    totals: list[Tensor] = []
     # separate tensors: outputs of an operator must not share memory
     logits, grad_features, grad_weight, grad_bias = (head.new_empty(0) for _ in range(4))
     for number, (rows, labels) in enumerate(chunks):
@@ -91,10 +90,6 @@ def head_pass(
             logits = grad[:batch].clone(memory_format=torch.contiguous_format)
         loss_rows = rows_gradient_(grad, labels, label_smoothing, any(needs))
         if number == 0:
-            if batch_weight != 1.0:
-                loss_rows[:batch] *= batch_weight
-                if any(needs):
-                    grad[:batch] *= batch_weight
             if needs[0]:
                 grad_features = grad[:batch] @ head
             if needs[1]:
@@ -106,5 +101,6 @@ def head_pass(
                 grad_weight.addmm_(grad.T, rows)
             if needs[2]:
                 grad_bias += grad.sum(0)
-        total = total + loss_rows.sum()
+        totals.append(loss_rows.sum())
+    total = sum(totals[1:], totals[0]) if totals else head.new_zeros(())
     return HeadPass(total, logits, grad_features, grad_weight, grad_bias)

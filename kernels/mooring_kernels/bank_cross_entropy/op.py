@@ -99,8 +99,7 @@ def bank_cross_entropy(
     require_one_device(
         op, features=features, labels=labels, bank=bank, bank_labels=bank_labels, weight=weight, bias=bias
     )
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{op}: label_smoothing must be in [0, 1]; got {label_smoothing}")
+    require_smoothing(op, label_smoothing)
     bank = bank.detach()
     floats = (features, bank, weight) if bias is None else (features, bank, weight, bias)
     chosen = choose(op, impl, *floats)
@@ -122,12 +121,28 @@ def bank_cross_entropy(
             needs,
             chosen,
         )
+    loss = mean_over_rows(total, labels, bank_labels, classes, normaliser)
+    return (loss, logits.detach()) if return_logits else loss
+
+
+def require_smoothing(op: str, label_smoothing: float) -> None:
+    """A share of the target.
+
+    Raises:
+        ValueError: it is not in [0, 1].
+    """
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing must be in [0, 1]; got {label_smoothing}")
+
+
+def mean_over_rows(
+    total: Tensor, labels: Tensor, bank_labels: Tensor, classes: int, normaliser: Tensor | float | None
+) -> Tensor:
+    """``total`` over the number of valid rows, or over the normaliser given."""
     if normaliser is None:
         rows = _valid_rows(labels, classes) + _valid_rows(bank_labels, classes)
-        loss = total / rows.clamp_min(1)
-    else:
-        loss = total / (normaliser.detach() if isinstance(normaliser, Tensor) else normaliser)
-    return (loss, logits.detach()) if return_logits else loss
+        return total / rows.clamp_min(1)
+    return total / (normaliser.detach() if isinstance(normaliser, Tensor) else normaliser)
 
 
 def _valid_rows(labels: Tensor, classes: int) -> Tensor:

@@ -21,15 +21,36 @@ def calibrate_fwd(
     frozen, labels = frozen.contiguous(), labels.contiguous()
     frozen_mean, tuned_mean = frozen_mean.contiguous(), tuned_mean.contiguous()
     (rows, width), classes = frozen.shape, frozen_mean.shape[0]
-    shape = rows, width, classes, threads()
     moved = torch.empty(rows, width, dtype=torch.float32)
-    source = frozen.data_ptr(), dtype_code(frozen), labels.data_ptr(), frozen_mean.data_ptr()
     if rotation is None:
-        _C.calibrate_translate(*source, tuned_mean.data_ptr(), factor, moved.data_ptr(), *shape)
-        return moved
+        return calibrate_translate_(frozen, labels, frozen_mean, tuned_mean, factor, moved)
+    shape = rows, width, classes, threads()
+    source = frozen.data_ptr(), dtype_code(frozen), labels.data_ptr(), frozen_mean.data_ptr()
     _C.calibrate_residual(*source, moved.data_ptr(), *shape)
     # autocast would round the residuals, which are small differences, to 8 bits
     with torch.autocast("cpu", enabled=False):
         moved = torch.matmul(moved, rotation.float().T)
     _C.calibrate_place(moved.data_ptr(), labels.data_ptr(), tuned_mean.data_ptr(), factor, *shape)
+    return moved
+
+
+def calibrate_translate_(
+    frozen: Tensor, labels: Tensor, frozen_mean: Tensor, tuned_mean: Tensor, factor: float, out: Tensor
+) -> Tensor:
+    """Without a rotation, into the first rows of ``out`` [>= K, D] fp32; all contiguous. Returns these rows."""
+    rows, width = frozen.shape
+    moved = out[:rows]
+    _C.calibrate_translate(
+        frozen.data_ptr(),
+        dtype_code(frozen),
+        labels.data_ptr(),
+        frozen_mean.data_ptr(),
+        tuned_mean.data_ptr(),
+        factor,
+        moved.data_ptr(),
+        rows,
+        width,
+        frozen_mean.shape[0],
+        threads(),
+    )
     return moved

@@ -133,32 +133,62 @@ def calibrate_fwd(
     frozen_mean, tuned_mean = frozen_mean.contiguous(), tuned_mean.contiguous()
     tile = whole_row_tile(width)
     grid = (triton.cdiv(rows, tile.rows),)
+    calibrated = torch.empty((rows, width), dtype=torch.float32, device=frozen.device)
     with on_device_of(frozen):
-        source = frozen
-        calibrated = torch.empty((rows, width), dtype=torch.float32, device=frozen.device)
-        if rotation is not None:
-            calibrate_residual_fwd_kernel[grid](
-                frozen,
-                labels,
-                frozen_mean,
-                calibrated,
-                rows,
-                C=classes,
-                D=width,
-                stride_frozen_k=frozen.stride(0),
-                stride_frozen_d=frozen.stride(1),
-                stride_labels_k=labels.stride(0),
-                stride_frozen_mean_c=frozen_mean.stride(0),
-                stride_residual_k=calibrated.stride(0),
-                BLOCK_K=tile.rows,
-                BLOCK_D=tile.columns,
-                num_warps=tile.warps,
+        if rotation is None:
+            return calibrate_translate_(
+                frozen, labels, frozen_mean, tuned_mean, scale, calibrated, subtract_mean=True
             )
-            # Autocast would round the residuals to bf16, and they are small differences.
-            with torch.autocast(frozen.device.type, enabled=False):
-                calibrated = torch.matmul(calibrated, rotation.to(torch.float32).T)
-            source = calibrated
-        calibrate_fwd_kernel[grid](
+        calibrate_residual_fwd_kernel[grid](
+            frozen,
+            labels,
+            frozen_mean,
+            calibrated,
+            rows,
+            C=classes,
+            D=width,
+            stride_frozen_k=frozen.stride(0),
+            stride_frozen_d=frozen.stride(1),
+            stride_labels_k=labels.stride(0),
+            stride_frozen_mean_c=frozen_mean.stride(0),
+            stride_residual_k=calibrated.stride(0),
+            BLOCK_K=tile.rows,
+            BLOCK_D=tile.columns,
+            num_warps=tile.warps,
+        )
+        # Autocast would round the residuals to bf16, and they are small differences.
+        with torch.autocast(frozen.device.type, enabled=False):
+            calibrated = torch.matmul(calibrated, rotation.to(torch.float32).T)
+        return calibrate_translate_(
+            calibrated, labels, frozen_mean, tuned_mean, scale, calibrated, subtract_mean=False
+        )
+
+
+def calibrate_translate_(
+    source: Tensor,
+    labels: Tensor,
+    frozen_mean: Tensor,
+    tuned_mean: Tensor,
+    scale: Tensor,
+    out: Tensor,
+    subtract_mean: bool = True,
+) -> Tensor:
+    """Without a rotation, into the first rows of ``out`` [>= K, D] fp32, which may be ``source``.
+
+    Args:
+        source: [K, D] rows; with ``subtract_mean=False`` they are residuals already.
+        labels: [K] int64. frozen_mean, tuned_mean: [C, D] fp32 with contiguous rows. scale: 0-d.
+        out: contiguous.
+
+    Returns:
+        The rows written, [K, D].
+    """
+    rows, width = source.shape
+    calibrated, tile = out[:rows], whole_row_tile(width)
+    if rows == 0:
+        return calibrated
+    with on_device_of(source):
+        calibrate_fwd_kernel[(triton.cdiv(rows, tile.rows),)](
             source,
             labels,
             frozen_mean,
@@ -167,7 +197,7 @@ def calibrate_fwd(
             calibrated,
             rows,
             NORM_FLOOR,
-            C=classes,
+            C=frozen_mean.shape[0],
             D=width,
             stride_source_k=source.stride(0),
             stride_source_d=source.stride(1),
@@ -175,7 +205,7 @@ def calibrate_fwd(
             stride_frozen_mean_c=frozen_mean.stride(0),
             stride_tuned_mean_c=tuned_mean.stride(0),
             stride_calibrated_k=calibrated.stride(0),
-            SUBTRACT_MEAN=rotation is None,
+            SUBTRACT_MEAN=subtract_mean,
             BLOCK_K=tile.rows,
             BLOCK_D=tile.columns,
             num_warps=tile.warps,
