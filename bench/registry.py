@@ -7,6 +7,7 @@ from bench.operations import (
     bank_cross_entropy,
     calibrate,
     class_statistics,
+    dr_tune_block,
     procrustes_rotation,
     ring_push,
     row_normalise,
@@ -23,6 +24,7 @@ _DECLARED = (
     bank_cross_entropy,
     text_supervised_loss,
     two_head_cross_entropy,
+    dr_tune_block,
 )
 
 OPERATIONS: dict[str, Operation] = {

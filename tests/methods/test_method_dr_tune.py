@@ -178,3 +178,38 @@ def test_head_multiplier_is_one_plus_k_over_b_for_sgd() -> None:
     method = make_method("dr_tune", "cnn", bank_size=2048)
     assert method.head_lr_multiplier(64, "sgd") == 33
     assert method.head_lr_multiplier(64, "adamw") == make_method("fine_tune").head_lr_multiplier(64, "adamw")
+
+
+def test_kept_rotated_rows_follow_the_bank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 C = 12 >= B + K / T = 8 + 24 / 6: rows R p_k are kept, renewed slot by slot and saved bit for bit."""
+    method = ready(rotation_period=6)
+    optimizer = torch.optim.SGD(trained_parameters(method), lr=0.05)
+    for step in range(8):  # past a refresh and round the ring of 24 slots in batches of 5 rows
+        train_step(method, [make_batch(5, 4, seed=20 + step)], optimizer, at(step))
+        assert method._rotated is not None
+        want = method.bank.view()["frozen"] @ method.rotation.T
+        torch.testing.assert_close(method._rotated, want, rtol=0, atol=1e-6)
+    where, batch = at(8), make_batch(8, 4, seed=40)
+    method.before_step(where)
+    with torch.no_grad():
+        features = method.encoder(batch.images)
+        loss = method(batch, where).loss
+    expected = naive_loss(method, features, batch.labels, rotated=True)
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-5, atol=2e-6)
+
+    again = make_method("dr_tune", "vit", rotation_period=6).train()
+    again.load_state_dict(method.state_dict())
+    again.load_extra_state(method.extra_state())
+    with torch.no_grad():
+        assert torch.equal(again(batch, where).loss, loss)
+    monkeypatch.setattr(DRTune, "_keeps_rotated_rows", lambda self, rows: False)
+    with torch.no_grad():
+        torch.testing.assert_close(method(batch, where).loss, loss, rtol=1e-5, atol=1e-6)
+
+
+def test_where_rotated_rows_are_kept() -> None:
+    """Rotating the head wins when 3 C < B + K / T."""
+    large = make_method("dr_tune", "vit", 200, bank_size=2048, rotation_period=10)
+    small = make_method("dr_tune", "vit", 80, bank_size=2048, rotation_period=10)
+    assert large._keeps_rotated_rows(64) and not small._keeps_rotated_rows(64)
+    assert not make_method("dr_tune", "vit", 200, rotation="every_step")._keeps_rotated_rows(64)

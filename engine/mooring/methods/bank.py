@@ -76,13 +76,16 @@ class FeatureBank:
         """Slots written so far, at most K (padding rows count: they take a slot and stay masked)."""
         return self._filled
 
-    def push(self, fields: Mapping[str, Tensor], labels: Tensor, ids: Tensor) -> None:
+    def push(self, fields: Mapping[str, Tensor], labels: Tensor, ids: Tensor) -> tuple[int, int]:
         """Stores the rows at the next slots; the oldest rows fall out. With B > K the newest K stay.
 
         Args:
             fields: name -> [B, D] rows.
             labels: [B] int64; a row with label -1 takes a slot and is masked everywhere.
             ids: [B] int64.
+
+        Returns:
+            The first slot written and how many, counted round the ring.
 
         Raises:
             ValueError: a field is missing, unknown, or has another width.
@@ -91,7 +94,7 @@ class FeatureBank:
             raise ValueError(f"bank holds the fields {sorted(self._fields)}, got {sorted(fields)}")
         rows = self.spec.rows
         if rows == 0 or labels.shape[0] == 0:
-            return
+            return 0, 0
         names = list(self._fields)
         head = self._head
         self._head = ring_push_(
@@ -108,6 +111,7 @@ class FeatureBank:
         slots = (first + torch.arange(batch, device=ids.device)) % rows
         self._ids[slots] = torch.where(labels >= 0, ids, -1)[-batch:]
         self._filled = min(rows, self._filled + ids.shape[0])
+        return first % rows, batch
 
     def view(self) -> BankView:
         return BankView(self._fields, self._labels, self._ids)

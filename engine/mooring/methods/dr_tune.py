@@ -23,7 +23,7 @@ from mooring.methods.base import At, Method, Needs, SetupContext, StateTree, Ste
 from mooring.methods.classification import batch_metrics
 from mooring.methods.dr_tune_paper import paper_calibration
 from mooring.methods.forward import Forward
-from mooring_kernels import bank_cross_entropy, calibrate, procrustes_rotation
+from mooring_kernels import bank_cross_entropy, calibrate, dr_tune_loss, procrustes_rotation
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -60,6 +60,7 @@ class DRTune(Method):
         self.keep_frozen_copy()
         self._bank = self._empty_bank(head.weight.device)
         self.rotation = None
+        self._rotated: Tensor | None = None  # R p_k in fp32 for every slot, where keeping them pays
         self._digest: str | None = None
 
     @property
@@ -85,6 +86,8 @@ class DRTune(Method):
             self._bank = moved
         if self.rotation is not None:
             self.rotation = self.rotation.to(device)
+        if self._rotated is not None:
+            self._rotated = self._rotated.to(device)
         return self
 
     @torch.no_grad()
@@ -94,6 +97,7 @@ class DRTune(Method):
         The tuned bank then equals the frozen one, and the identity is the exact rotation.
         """
         rows = self.settings.bank_size
+        self.rotation = self._rotated = None
         self._bank = self._empty_bank(self.head.weight.device)  # an earlier set-up may have been broken off
         if rows == 0:
             return
@@ -106,6 +110,28 @@ class DRTune(Method):
             )
             if len(self.bank) >= rows:
                 break
+
+    def _keeps_rotated_rows(self, step_rows: int) -> bool:
+        """Whether rows R p_k are kept; else the op rotates head or bank, whichever is smaller, on every step.
+
+        Kept, every refresh costs K rows times R and every step its B new rows; rotating the head costs
+        three products of C rows a step.
+        """
+        settings = self.settings
+        if settings.rotation != "cached":
+            return False
+        return 3 * self.head.out_features >= step_rows + settings.bank_size / settings.rotation_period
+
+    def _rotate_slots(self, first: int, count: int) -> None:
+        """Brings the kept rotated rows up to date in ``count`` slots from ``first`` on, round the ring."""
+        if self._rotated is None or self.rotation is None:
+            return
+        frozen, slots = self.bank.view()["frozen"], self._rotated.shape[0]
+        end = first + count
+        # at most two runs of slots, known on the host: nothing waits for the device
+        for begin, stop in ((first, min(end, slots)), (0, end - slots)):
+            if stop > begin:
+                self._rotated[begin:stop] = frozen[begin:stop].float() @ self.rotation.float().T
 
     def _rotates(self, at: At) -> bool:
         """Whether the bank is rotated in this step: a matter of the global step alone."""
@@ -125,6 +151,7 @@ class DRTune(Method):
             return
         if self._phase(at) == 0 or self.rotation is None:
             bank = self.bank.view()
+            self._rotated = None
             self.rotation = procrustes_rotation(
                 bank["frozen"],
                 bank["tuned"],
@@ -143,18 +170,37 @@ class DRTune(Method):
 
     def _loss(self, run: Forward, at: At) -> tuple[Tensor, Tensor]:
         """Loss and logits [B, C]. Reads the head's parameters: call inside forward."""
-        head, features, labels = self.head, run.features.float(), run.batch.labels
-        bank, smoothing = self.bank.view(), self.label_smoothing
+        features, labels = run.features.float(), run.batch.labels
         if at.micros == 1 and self.settings.loss_form == "mean":
-            return bank_cross_entropy(
-                features, labels, self._calibrated(run, at), bank.labels, head.weight, head.bias,
-                label_smoothing=smoothing, return_logits=True,
-            )  # fmt: skip
+            return self._loss_with_bank(features, labels, run, at)
+        bank = self.bank.view()
         batch_mean, logits = bank_cross_entropy(
-            features, labels, bank["frozen"][:0], bank.labels[:0], head.weight, head.bias,
-            label_smoothing=smoothing, return_logits=True,
+            features, labels, bank["frozen"][:0], bank.labels[:0], self.head.weight, self.head.bias,
+            label_smoothing=self.label_smoothing, return_logits=True,
         )  # fmt: skip
         return self.widened(batch_mean, run, at), logits
+
+    def _loss_with_bank(
+        self, features: Tensor, labels: Tensor, run: Forward, at: At
+    ) -> tuple[Tensor, Tensor]:
+        """Mean over the valid ones of these rows and of the bank, and the rows' logits."""
+        settings, bank, head = self.settings, self.bank.view(), self.head
+        rotation = self.rotation if self._rotates(at) else None
+        if settings.calibration == "paper" or not settings.translation:
+            return bank_cross_entropy(
+                features, labels, self._calibrated(run, rotation), bank.labels, head.weight, head.bias,
+                label_smoothing=self.label_smoothing, return_logits=True,
+            )  # fmt: skip
+        frozen = bank["frozen"]
+        if rotation is not None and self._keeps_rotated_rows(run.batch.labels.shape[0] * at.micros):
+            if self._rotated is None:
+                self._rotated = frozen.float() @ rotation.T
+            frozen, rotation = self._rotated, None
+        return dr_tune_loss(
+            features, labels, frozen, bank["tuned"], bank.labels, head.weight, head.bias, rotation,
+            self._scale(run), cga_scale=settings.cga_scale, label_smoothing=self.label_smoothing,
+            return_logits=True,
+        )  # fmt: skip
 
     def widened(self, loss: Tensor, run: Forward, at: At) -> Tensor:
         """``(A B loss + sum_k CE(G_k, l_k)) / (A B + n)`` over A micro-batches; the form of the paper divides by A B.
@@ -168,26 +214,27 @@ class DRTune(Method):
             return loss
         bank, features, labels = self.bank.view(), run.features, run.batch.labels
         with torch.autocast(features.device.type, enabled=False):
-            bank_mean = bank_cross_entropy(
-                features[:0].float(), labels[:0], self._calibrated(run, at), bank.labels,
-                self.head.weight, self.head.bias, label_smoothing=self.label_smoothing,
-            )  # fmt: skip
+            bank_mean, _ = self._loss_with_bank(features[:0].float(), labels[:0], run, at)
         batch_rows = run.valid.sum().clamp_min(1) * at.micros
         bank_rows = (bank.labels >= 0).sum()
         normaliser = batch_rows if self.settings.loss_form == "paper" else batch_rows + bank_rows
         return (batch_rows * loss + bank_rows * bank_mean) / normaliser
 
-    def _calibrated(self, run: Forward, at: At) -> Tensor:
+    def _calibrated(self, run: Forward, rotation: Tensor | None) -> Tensor:
         """The bank's frozen rows where the tuned features lie now, [K, D] fp32, without graph."""
         settings, bank = self.settings, self.bank.view()
-        rotation = self.rotation if self._rotates(at) else None
         rows = (bank["frozen"], bank["tuned"], bank.labels, self.head.weight.detach(), rotation)
         if settings.calibration == "paper":
             return paper_calibration(*rows, translation=settings.translation)
-        # mean over the valid rows: a padding row must not pull the scale
+        return calibrate(
+            *rows, self._scale(run), cga_scale=settings.cga_scale, translation=settings.translation
+        )
+
+    @staticmethod
+    def _scale(run: Forward) -> Tensor:
+        """Mean feature norm over the valid rows: a padding row must not pull it."""
         norms = torch.linalg.vector_norm(run.features.detach().float(), dim=1) * run.valid
-        scale = norms.sum() / run.valid.sum().clamp_min(1)
-        return calibrate(*rows, scale, cga_scale=settings.cga_scale, translation=settings.translation)
+        return norms.sum() / run.valid.sum().clamp_min(1)
 
     def pushed(self, run: Forward) -> Mapping[str, Tensor]:
         if self.settings.bank_size == 0:
@@ -205,7 +252,7 @@ class DRTune(Method):
         if self.settings.bank_size == 0:
             return
         for output, batch in itertools.zip_longest(outputs, batches):
-            self.bank.push(output.push, batch.labels, batch.ids)
+            self._rotate_slots(*self.bank.push(output.push, batch.labels, batch.ids))
 
     def head_lr_multiplier(self, batch_size: int, optimizer: str) -> float:
         """1 + K / B for SGD, where the head's batch is larger by the bank's rows; scale-free optimizers need none."""
@@ -217,6 +264,9 @@ class DRTune(Method):
         state: dict[str, Any] = {"bank": self.bank.state_dict(), "frozen_encoder": self._frozen_digest()}
         if self.rotation is not None:
             state["rotation"] = self.rotation.clone()
+        if self._rotated is not None:
+            # kept, not computed again: a product of K rows may round otherwise than one of B rows
+            state["rotated"] = self._rotated.clone()
         return state
 
     def _frozen_digest(self) -> str:
@@ -236,5 +286,7 @@ class DRTune(Method):
                 "of another encoder; restore the weights file, or start a new run"
             )
         self.bank.load_state_dict(state["bank"])
-        rotation = state.get("rotation")
-        self.rotation = None if rotation is None else rotation.to(self.head.weight.device)
+        rotation, rotated = state.get("rotation"), state.get("rotated")
+        device = self.head.weight.device
+        self.rotation = None if rotation is None else rotation.to(device)
+        self._rotated = None if rotated is None else rotated.to(device).clone()

@@ -217,7 +217,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _autograd(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     wanted = [ctx.needs_input_grad[i] for i in (0, 5, 6)]
-    grad_features, grad_weight, grad_bias = scaled_gradients(ctx.saved_tensors, grad_total, ctx.dtypes, wanted)
+    grad_features, grad_weight, grad_bias = scaled_gradients(
+        ctx.saved_tensors, grad_total, ctx.dtypes, wanted
+    )
     return (grad_features, *[None] * 4, grad_weight, grad_bias, *[None] * 7)
 
 
