@@ -1,9 +1,9 @@
 """Benchmarks of the DR-Tune block: a step between two refreshes of the rotation, and the refresh.
 
 A step of training costs the first plus a T-th (T = 10) of the second. The op under test keeps rotated rows: its
-step rotates the B new ones, its refresh all K; the vectorised baselines rotate all K rows in every step. The
-public code rotates nothing between its refreshes, which is another function; there its rotation of K rows belongs
-to the refresh.
+step rotates the B new ones, its refresh all K; `head` is given the rotation in every step instead, and the
+vectorised baselines rotate all K rows in every step. The public code rotates nothing between its refreshes, which
+is another function; there its rotation of K rows belongs to the refresh.
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ def _loss(i: Inputs, frozen: torch.Tensor, turn: torch.Tensor | None, impl: Impl
     )
 
 
-def _kept(i: Inputs, impl: Impl) -> Outputs:
-    """The new rows are rotated into the kept ones: here the first B slots, which hold the same values."""
+def _step_of(i: Inputs, impl: Impl) -> Outputs:
+    """Ours rotates the new rows into the kept ones: here the first B slots, which hold the same values."""
+    if impl == "reference":
+        return _loss(i, i["frozen"], i["rotation"], impl)
     batch = i["features"].shape[0]
     i["rotated"][:batch] = i["frozen"][:batch].float() @ i["rotation"].T
     return _loss(i, i["rotated"], None, impl)
@@ -76,7 +78,8 @@ def _public(i: Inputs) -> Outputs:
 
 def _step() -> Operation:
     def counted_bytes(size: Size, value: int, which: Pass) -> int:
-        rows = size.K * size.D * (value + 4) + size.B * size.D * (4 if which == "forward" else 8)
+        # both banks, and the rotated rows that stand for the frozen ones
+        rows = size.K * size.D * (2 * value + 4) + size.B * size.D * (4 if which == "forward" else 8)
         head = 4 * (size.D + 1) * size.C * (1 if which == "forward" else 2)
         return rows + head + 4 * size.D * size.D
 
@@ -89,9 +92,8 @@ def _step() -> Operation:
         name="dr_tune_block",
         inputs=_inputs,
         candidates=(
-            *implementations(lambda i, impl: _loss(i, i["frozen"], i["rotation"], impl)),
-            Candidate("native kept", lambda i: _kept(i, "native"), devices=("cpu",)),
-            Candidate("triton kept", lambda i: _kept(i, "triton"), devices=("cuda",)),
+            *implementations(_step_of),
+            Candidate("head", lambda i: _loss(i, i["frozen"], i["rotation"], "auto"), ours=True),
             Candidate("public", _public, same_function=False),
         ),
         counted_bytes=counted_bytes,
@@ -113,16 +115,17 @@ def _refresh() -> Operation:
 
     return Operation(
         name="dr_tune_refresh",
-        inputs=_inputs,
+        inputs=draw_bank,
         candidates=(
             Candidate("reference", lambda i: call(i, "reference")),
-            Candidate("auto", lambda i: call(i, "auto")),
+            Candidate("auto", lambda i: call(i, "auto"), ours=True),
             Candidate("public", public, same_function=False),
         ),
         counted_bytes=lambda size, value, _: 2 * size.K * size.D * value + 4 * size.K * size.D,
         counted_flop=lambda size, _: 4 * size.K * size.D**2,
         dtypes=(torch.float32,),
         amplification=2000.0,  # the ridge is 1e-3: the rotation divides rounding by it
+        calls_per_step=0.1,
         note="rotation from scratch and all K rows rotated; a training step pays a T-th of it",
     )
 
