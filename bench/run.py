@@ -137,7 +137,7 @@ def run_case(
         base |= {"threads": torch.get_num_threads(), "omp_wait_policy": WAIT_POLICY}
     sets = _input_sets(operation, case, options)
     runners, errors, made = _runners(operation, case, options, sets)
-    for which in operation.passes:
+    for which in operation.passes if runners else ():
         made += _run_pass(operation, case, options, sets, runners, errors, which, budget_seconds)
     made = [base | record for record in made]
     _judge_auto(made)

@@ -42,11 +42,11 @@ def slow_auto(record: Record) -> str | None:
     share = record.get("auto_share_of_best", 1.0)
     if share >= SLOWEST_AUTO:
         return None
+    ratio = deciding(record).times_faster_than[record["best_candidate"]]
     threads = f"threads={record['threads']}  " if "threads" in record else ""
     return (
         f"{record['op']:<24}{record['size']:<24}{record['dtype']:<9}{record['pass']:<9}{threads}"
-        f"auto is at {share:.2f} of {record['best_candidate']} "
-        f"({deciding(record).seconds['p50'] * 1e6:.1f} us)"
+        f"auto is at {share:.2f} [{ratio['p20']:.2f}, {ratio['p80']:.2f}] of {record['best_candidate']}"
     )
 
 
@@ -108,6 +108,7 @@ def run(
         except Exception as error:
             refuse(operation, error)
     turns = [] if verify_only else in_turns(operations, quick=options.quick)
+    at = f" threads={torch.get_num_threads()}" if options.device.type == "cpu" else ""
     cases_left = sum(len(turn) for turn in turns)
     for turn in turns:
         for number, (operation, case) in enumerate(turn):
@@ -115,12 +116,12 @@ def run(
             cases_left -= 1
             if operation.name in wrong:
                 continue
-            where = f"{operation.name} {case.size} {dtype_name(case.dtype)}"
+            where = f"{operation.name} {case.size} {dtype_name(case.dtype)}{at}"
             if left <= 0:
                 outcome.left_out.append(where)
                 continue
             compiled = left / (len(turn) - number) >= COMPILE_SECONDS
-            if not compiled and not case.small:
+            if not compiled and not case.small and any(c.compiled for c in operation.candidates):
                 outcome.left_out.append(f"{where}: torch.compile")
             # half: inputs, the float64 definition, compilation and warm-up take the rest
             budget = min(max(share / len(operation.passes), _FEWEST_SECONDS_A_PASS), _MOST_SECONDS_A_PASS)

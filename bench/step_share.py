@@ -16,7 +16,7 @@ from bench.comparison import Comparison
 from bench.records import Record, deciding_seconds, threads_of
 
 TRAINING_STEP = "training_step"
-_ENCODER_OF_WIDTH = {2048: "resnet50", 768: "vit_base"}
+_VIT_WIDTH, _BATCH = 768, 64  # of ViT-B/16's features; of the recorded steps
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,14 @@ STEPS = {
 }
 
 
-def encoder_of(size: str) -> str | None:
-    """The encoder whose features are as wide as D of this size."""
-    width = re.search(r"\bD(\d+)", size)
-    return _ENCODER_OF_WIDTH.get(int(width[1])) if width else None
+def _letter(size: str, letter: str, otherwise: int) -> int:
+    found = re.search(rf"\b{letter}(\d+)", size)
+    return int(found[1]) if found else otherwise
+
+
+def encoder_of(size: str) -> str:
+    """ViT-B where D is as wide as its features, else ResNet-50."""
+    return "vit_base" if _letter(size, "D", 0) == _VIT_WIDTH else "resnet50"
 
 
 class StepShares:
@@ -60,12 +64,13 @@ class StepShares:
         train, forward = (self._parts.get((*where, part)) for part in ("train", "forward"))
         if step is None or train is None or forward is None:
             return None
-        return step.trained * train + step.forward * forward
+        images = _letter(record["size"], "B", _BATCH) / _BATCH
+        return images * (step.trained * train + step.forward * forward)
 
     def saved(self, comparison: Comparison) -> float | None:
         """Share of the step that ours saves over the best baseline; negative where ours is slower."""
         ours, baseline = comparison.ours, comparison.best_baseline
-        if ours is None or baseline is None:
+        if ours is None or baseline is None or comparison.small:
             return None
         rest = self.rest(ours)
         if rest is None:

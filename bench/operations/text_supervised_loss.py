@@ -52,6 +52,7 @@ def _operation() -> Operation:
         sizes=(Size(B=256, C=100), Size(B=256, C=1000), Size(B=256, C=21841)),
         quick_sizes=(Size(B=16, C=10), Size(B=13, C=37)),
         longest_sum=lambda size: max(size.B, size.C),
+        step="fine_tune",
         note="Cosines are fp32 also beside bf16 logits. FLOP: an exponential counts as one.",
     )
 

@@ -54,6 +54,7 @@ def _operation() -> Operation:
         sizes=tuple(Size(B=rows, C=200, K=k, M=rows) for k in (1000, 21841) for rows in (64, 256)),
         quick_sizes=(Size(B=16, C=10, K=37, M=16), Size(B=13, C=7, K=20, M=5)),
         longest_sum=lambda size: max(size.B, size.C, size.K, size.M),
+        step="soft",
         note="C classes of the target head, K of the source head, M source rows; source weight 0.5.",
     )
 

@@ -24,7 +24,7 @@ def quantiles(p50: float) -> dict[str, float]:
 def fake_record(seconds: float, **changes: Any) -> dict[str, Any]:
     return {
         "op": "calibrate",
-        "size": "B1-K2-D2048-C4",
+        "size": "B64-K2-D2048-C4",
         "dtype": "float32",
         "device": "cpu",
         "threads": 1,
@@ -125,6 +125,10 @@ def test_share_of_a_training_step() -> None:
     assert shares.saved(two_threads) is None, "no step was measured at two threads"
     plain = [record | {"step": "fine_tune", "calls_per_step": 3.0} for record in made]
     assert StepShares(plain).saved(comparisons(plain)[0]) == pytest.approx(3 / (6 + 5))
+    wide = [record | {"size": record["size"].replace("B64-K2-D2048", "B256")} for record in plain]
+    assert StepShares(wide).saved(comparisons(wide)[0]) == pytest.approx(3 / (6 + 20)), (
+        "four times the images"
+    )
 
 
 def test_headlines_are_full_sizes_at_the_fewest_threads() -> None:
