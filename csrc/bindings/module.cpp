@@ -25,6 +25,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_capabilities", &cpu_capabilities);
     m.def("set_cpu_capability", &mooring::set_capability, pybind11::arg("name"));
     mooring::bindings::bind_bank(m);
+    mooring::bindings::bind_concept(m);
     mooring::bindings::bind_losses(m);
     mooring::bindings::bind_row_losses(m);
+    mooring::bindings::bind_parameters(m);
 }

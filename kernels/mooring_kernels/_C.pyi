@@ -154,3 +154,23 @@ def two_head_cross_entropy_backward(
     threads: int,
     /,
 ) -> None: ...
+def concept_boxes(
+    feature_map: int,
+    dtype: int,
+    strides: tuple[int, int, int],
+    logits: int,
+    labels: int,
+    head_weight: int,
+    sizes: tuple[int, int, int, int, int],
+    rule: list[int],
+    centred: bool,
+    boxes: int,
+    negative_classes: int,
+    threads: int,
+    /,
+) -> None: ...
+def l2_sp_forward(parameters: list[tuple[int, int, int, int, int]], threads: int, /) -> float: ...
+def l2_sp_backward(
+    parameters: list[tuple[int, int, int, int, int]], grads: list[int], scale: float, threads: int, /
+) -> None: ...
+def lerp_from_bf16(followed: list[tuple[int, int, int]], weight: float, threads: int, /) -> None: ...

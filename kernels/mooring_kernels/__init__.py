@@ -9,8 +9,12 @@ import torch  # noqa: F401
 
 from mooring_kernels.bank_cross_entropy.op import bank_cross_entropy
 from mooring_kernels.calibrate.op import calibrate
+from mooring_kernels.channel_attention.op import channel_attention
 from mooring_kernels.class_statistics.op import class_statistics
+from mooring_kernels.concept_boxes.op import concept_boxes
 from mooring_kernels.dr_tune_loss.op import dr_tune_loss
+from mooring_kernels.ema.op import ema_
+from mooring_kernels.l2_sp.op import l2_sp
 from mooring_kernels.procrustes_rotation.op import procrustes_rotation
 from mooring_kernels.ring_push.op import ring_push_
 from mooring_kernels.row_normalise.op import row_normalise
@@ -23,9 +27,13 @@ __all__ = [
     "Impl",
     "bank_cross_entropy",
     "calibrate",
+    "channel_attention",
     "class_statistics",
+    "concept_boxes",
     "cpu_capability",
     "dr_tune_loss",
+    "ema_",
+    "l2_sp",
     "procrustes_rotation",
     "ring_push_",
     "row_normalise",

@@ -17,9 +17,13 @@ import mooring_kernels
 from mooring_kernels import (
     bank_cross_entropy,
     calibrate,
+    channel_attention,
     class_statistics,
+    concept_boxes,
     cpu_capability,
     dr_tune_loss,
+    ema_,
+    l2_sp,
     procrustes_rotation,
     ring_push_,
     row_normalise,
@@ -29,7 +33,10 @@ from mooring_kernels import (
 from mooring_kernels.bank_cross_entropy import op as bank_cross_entropy_op
 from mooring_kernels.calibrate import op as calibrate_op
 from mooring_kernels.class_statistics import op as class_statistics_op
+from mooring_kernels.concept_boxes import op as concept_boxes_op
 from mooring_kernels.dr_tune_loss import op as dr_tune_loss_op
+from mooring_kernels.ema import op as ema_op
+from mooring_kernels.l2_sp import op as l2_sp_op
 from mooring_kernels.procrustes_rotation import op as procrustes_rotation_op
 from mooring_kernels.ring_push import op as ring_push_op
 from mooring_kernels.row_normalise import op as row_normalise_op
@@ -39,6 +46,7 @@ from mooring_kernels.two_head_cross_entropy import op as two_head_cross_entropy_
 _C = pytest.importorskip("mooring_kernels._C")
 
 FROZEN, TUNED, LABELS, HEAD = draw_bank(9, 6, 4, torch.Generator().manual_seed(3))
+MAP, MAP_HEAD = torch.randn(2, 8, 2, 2), torch.randn(4, 8)
 FEATURES, BIAS, ROTATION = FROZEN[:5] * 2, HEAD[:, 0] * 3, torch.eye(6)
 
 
@@ -103,6 +111,22 @@ def opcheck_cases() -> list[Any]:
                 *(torch.ones(()), None, torch.ones(()), 0.5, 0.1, [False, True], "native"),
             ),
         ),
+        (
+            concept_boxes_op._forward,
+            (MAP, torch.randn(2, 4), LABELS[:2], MAP_HEAD, [2, 2, 1, 3, 2, 64, 64, 24, 1], "native"),
+        ),
+        (
+            ema_op._forward,
+            (
+                [torch.zeros(5, 6), torch.zeros(3)],
+                [FEATURES.bfloat16(), torch.ones(3)],
+                torch.full((), 0.9, dtype=torch.float64),
+                "native",
+            ),
+        ),
+        (l2_sp_op._forward, ([leaf["features"], leaf["bias"]], [FEATURES + 1], [True, False], 0.1, "native")),
+        (l2_sp_op._forward, ([leaf["weight"]], [], [False], 0.1, "triton")),
+        (l2_sp_op._backward, ([FEATURES, BIAS], [FEATURES + 1], [True, False], torch.ones(()), "native")),
     ]
     return [
         pytest.param(op, arguments, id=f"{op._name}-{index}") for index, (op, arguments) in enumerate(cases)
@@ -120,6 +144,12 @@ def push(field: Tensor) -> Tensor:
     return torch.cat([bank.flatten(), labels.float(), torch.full((1,), float(head))])
 
 
+def averaged(x: Tensor) -> Tensor:
+    targets = [torch.ones(5, 6), torch.ones(2, 6)]
+    ema_(targets, [x, x[:2].bfloat16()], 0.75)
+    return torch.cat(targets)
+
+
 PROGRAMS: dict[str, Callable[[Tensor], Tensor]] = {
     "row_normalise": lambda x: torch.cat([t.flatten() for t in row_normalise(x)]),
     "ring_push_": push,
@@ -131,6 +161,22 @@ PROGRAMS: dict[str, Callable[[Tensor], Tensor]] = {
     "dr_tune_loss": lambda x: dr_tune_loss(
         x, LABELS[:5], FROZEN, TUNED, LABELS, HEAD, BIAS, ROTATION, x.detach().norm(dim=1).mean()
     ),
+    "concept_boxes": lambda x: torch.cat(
+        [
+            t.flatten().float()
+            for t in concept_boxes(
+                x.view(5, 6, 1, 1).expand(-1, -1, 2, 3),
+                x[:, :4],
+                LABELS[:5],
+                HEAD,
+                image_size=(64, 96),
+                patches=2,
+            )
+        ]
+    ),
+    "channel_attention": lambda x: channel_attention(x.view(1, 5, 6)),
+    "ema_": averaged,
+    "l2_sp": lambda x: l2_sp([x, x[0]], [FEATURES, None], 0.3),
     "bank_cross_entropy": lambda x: bank_cross_entropy(x, LABELS[:5], FROZEN, LABELS, HEAD, BIAS),
     "text_supervised_loss": lambda x: text_supervised_loss(x, x / 4, LABELS[:5], 0.03, 0.1, 0.3),
     "two_head_cross_entropy": lambda x: sum(
@@ -289,6 +335,76 @@ def wrong_calls() -> list[Any]:
             ValueError,
             "must be contiguous",
         ),
+        (
+            lambda: concept_boxes(MAP, MAP_HEAD[:2], LABELS[:2], MAP_HEAD, image_size=(64, 64)),
+            ValueError,
+            r"head_weight must be \[8, 8\]; got \[4, 8\]",
+        ),
+        (
+            lambda: concept_boxes(
+                MAP, MAP_HEAD[:2, :4], LABELS[:2], MAP_HEAD, image_size=(64, 64), group_width=3, rank_stride=1
+            ),
+            ValueError,
+            r"must end within D = 8 channels; 9 groups of 3 with a rank_stride of 1 need 11",
+        ),
+        (
+            lambda: concept_boxes(
+                MAP,
+                MAP_HEAD[:2, :4],
+                LABELS[:2],
+                MAP_HEAD,
+                image_size=(64, 64),
+                peak="middle",  # type: ignore[arg-type]
+            ),
+            ValueError,
+            "peak must be one of corner, center; got 'middle'",
+        ),
+        (
+            lambda: concept_boxes(MAP, MAP_HEAD[:2, :4], LABELS[:2], MAP_HEAD, image_size=(64, 0)),
+            ValueError,
+            "image width must be >= 1; got 0",
+        ),
+        (lambda: channel_attention(FEATURES), ValueError, r"x must be \[B, D, N\]; got \[5, 6\] float32"),
+        (lambda: channel_attention(torch.ones(2, 3, 0)), ValueError, "N must be at least 1; got 0"),
+        (
+            lambda: ema_([FEATURES, BIAS], [FEATURES, BIAS[:2]], 0.9),
+            ValueError,
+            r"sources\[1\] must be \[4\] as its target; got \[2\]",
+        ),
+        (lambda: ema_([FEATURES], [], 0.9), ValueError, "equally many; got 1 and 0"),
+        (lambda: ema_([FEATURES], [FEATURES], 1.5), ValueError, r"momentum must be in \[0, 1\]; got 1.5"),
+        (
+            lambda: ema_([FEATURES], [FEATURES], torch.ones(1)),
+            ValueError,
+            r"a number or a 0-d floating-point tensor; got \[1\] torch.float32",
+        ),
+        (
+            lambda: ema_([ints], [FEATURES], 0.9),
+            TypeError,
+            r"targets\[0\] and its source must both be floating-point or both not; got torch.int64 and torch.float32",
+        ),
+        (
+            lambda: ema_([BIAS, FEATURES], [BIAS, FEATURES.to("meta")], 0.9),
+            ValueError,
+            r"one device; got targets\[0\] on cpu, targets\[1\] on cpu, sources\[1\] on meta",
+        ),
+        (
+            lambda: l2_sp([BIAS, FEATURES], [None, FEATURES[:2]], 0.1),
+            ValueError,
+            r"anchors\[1\] must be \[5, 6\] as its parameter; got \[2, 6\]",
+        ),
+        (lambda: l2_sp([BIAS], [], 0.1), ValueError, "equally many; got 1 and 0"),
+        (lambda: l2_sp([BIAS], [None], -0.1), ValueError, "weight must be finite and >= 0; got -0.1"),
+        (
+            lambda: l2_sp([BIAS, ints], [None, None], 0.1),
+            TypeError,
+            r"parameters\[1\] must be float32 or bfloat16; got torch.int64",
+        ),
+        (
+            lambda: l2_sp([BIAS], [BIAS.to("meta")], 0.1),
+            ValueError,
+            r"one device; got .*anchors\[0\] on meta",
+        ),
     ]
     return [pytest.param(call, error, message, id=message[:30]) for call, error, message in calls]
 
@@ -313,6 +429,14 @@ def test_the_native_module_checks_what_it_is_given() -> None:
         _C.row_normalise_forward(0, 0, 1e-12, 8, 8, 2, 3, 1)
     with pytest.raises(ValueError, match=r"dtype code must be 0 \(float32\) or 1 \(bfloat16\); got 2"):
         _C.row_normalise_forward(8, 2, 1e-12, 8, 8, 0, 3, 1)
+    with pytest.raises(ValueError, match="ranks must end within D = 4; got 5"):
+        _C.concept_boxes(8, 0, (4, 1, 1), 8, 8, 8, (1, 4, 1, 1, 2), [3, 1, 2, 1, 1, 9, 9, 3], False, 8, 8, 1)
+    with pytest.raises(ValueError, match="rivals and negatives must be < C; got 2"):
+        _C.concept_boxes(8, 0, (4, 1, 1), 8, 8, 8, (1, 4, 1, 1, 2), [1, 1, 0, 2, 1, 9, 9, 3], False, 8, 8, 1)
+    with pytest.raises(ValueError, match=r"grads must be as many as parameters \(1\); got 0"):
+        _C.l2_sp_backward([(8, 0, 0, 0, 1)], [], 1.0, 1)
+    with pytest.raises(ValueError, match="source must point to 3 elements; got a null address"):
+        _C.lerp_from_bf16([(8, 0, 3)], 0.5, 1)
     with pytest.raises(ValueError, match="threads must be >= 1; got 0"):
         _C.row_normalise_forward(8, 0, 1e-12, 8, 8, 0, 3, 0)
 

@@ -35,6 +35,7 @@ from triton.runtime.jit import JITFunction
 from mooring_kernels.bank_cross_entropy import gpu_cases as bank_cross_entropy
 from mooring_kernels.calibrate import gpu_cases as calibrate
 from mooring_kernels.class_statistics import gpu_cases as class_statistics
+from mooring_kernels.concept_boxes import gpu_cases as concept_boxes
 from mooring_kernels.ring_push import gpu_cases as ring_push
 from mooring_kernels.row_normalise import gpu_cases as row_normalise
 from mooring_kernels.text_supervised_loss import gpu_cases as text_supervised_loss
@@ -45,6 +46,7 @@ _OPS = (
     bank_cross_entropy,
     calibrate,
     class_statistics,
+    concept_boxes,
     ring_push,
     row_normalise,
     text_supervised_loss,
@@ -54,7 +56,7 @@ _OPS = (
 MAX_REGISTERS = 255  # per thread, on every device since sm_35
 # Most shared memory of a block in bytes, by compute capability. The launch checks it, the compiler does not.
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-_OPTIONS = ("num_warps", "num_stages")
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 _TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",

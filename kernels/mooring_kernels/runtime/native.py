@@ -49,3 +49,10 @@ def dtype_code(tensor: Tensor) -> int:
 def threads() -> int:
     """How many threads a native kernel may use: as many as torch does."""
     return torch.get_num_threads()
+
+
+def same_dense_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether both hold their values without gaps and in one order: element i in memory is the same element."""
+    if a.stride() != b.stride():
+        return a.is_contiguous() and b.is_contiguous()
+    return a.is_contiguous() or (a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last))

@@ -1,0 +1,49 @@
+// Concept-Tuning's crop search.
+#include <array>
+
+#include "bindings/arguments.h"
+#include "cpu/concept_boxes.h"
+
+namespace mooring::bindings {
+
+namespace {
+
+// strides: image, channel, position, in elements; sizes: B, D, rows, columns, C
+// rule: patches, group width, rank stride, rivals, negatives, image height, image width, patch side
+void concept_boxes_(Address map, int dtype, const std::array<int64_t, 3>& strides, Address logits,
+                    Address labels, Address head_weight, const std::array<int64_t, 5>& sizes,
+                    const std::array<int64_t, 8>& rule, bool centred, Address boxes, Address negative_classes,
+                    int threads) {
+    const auto [B, D, rows, columns, C] = sizes;
+    const auto [patches, group_width, rank_stride, rivals, negatives, height, width, side] = rule;
+    require_size("B", B, 0);
+    require_size("D", D, 1);
+    require_size("rows of the map", rows, 1);
+    require_size("columns of the map", columns, 1);
+    require_size("C", C, 1);
+    require_size("patches", patches, 1);
+    require_size("group_width", group_width, 1);
+    require_size("rank_stride", rank_stride, 0);
+    if ((patches - 1) * rank_stride + group_width > D) {
+        refuse("ranks must end within D = " + std::to_string(D), (patches - 1) * rank_stride + group_width);
+    }
+    require_size("rivals", rivals, 0);
+    require_size("negatives", negatives, 0);
+    if (rivals >= C || negatives >= C) refuse("rivals and negatives must be < C", C);
+    concept_boxes({pointer<const void>("feature_map", map, B * D * rows * columns), dtype_of(dtype),
+                   strides[0], strides[1], strides[2], D, rows, columns},
+                  pointer<const float>("logits", logits, B * C), pointer<const int64_t>("labels", labels, B),
+                  pointer<const float>("head_weight", head_weight, C * D),
+                  {C, patches, group_width, rank_stride, rivals, negatives, height, width, side, centred},
+                  pointer<float>("boxes", boxes, B * patches * 4),
+                  pointer<int64_t>("negative_classes", negative_classes, B * negatives), B,
+                  thread_count(threads));
+}
+
+}  // namespace
+
+void bind_concept(py::module_& m) {
+    m.def("concept_boxes", &concept_boxes_, release());
+}
+
+}  // namespace mooring::bindings
