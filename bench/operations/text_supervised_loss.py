@@ -49,7 +49,8 @@ def _operation() -> Operation:
         counted_flop=counted_flop,
         differentiable=("logits", "cosines"),
         amplification=4.0,  # cosines are divided by tau
-        sizes=(Size(B=256, C=100), Size(B=256, C=1000), Size(B=256, C=21841)),
+        sizes=(Size(B=256, C=1000), Size(B=256, C=21841)),
+        small_sizes=(Size(B=256, C=100), Size(B=16, C=10)),
         quick_sizes=(Size(B=16, C=10), Size(B=13, C=37)),
         longest_sum=lambda size: max(size.B, size.C),
         step="fine_tune",

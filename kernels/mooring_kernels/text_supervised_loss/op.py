@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mooring_kernels.runtime.checks import require_floats, require_labels, require_one_device, require_width
 from mooring_kernels.runtime.dispatch import Impl, choose
+from mooring_kernels.runtime.eager import runs_eagerly, wants_gradient
 from mooring_kernels.text_supervised_loss import reference
 
 SMALLEST_TAU = 1e-3
@@ -79,11 +82,15 @@ def text_supervised_loss(
     chosen = "reference" if target is not None else choose(op, impl, logits, cosines)
     if chosen == "reference":
         return reference.text_supervised_loss(logits, cosines, labels, tau, lambda_v, lambda_t, target)
-    return _forward(logits, cosines, labels, tau, float(lambda_v), float(lambda_t), chosen)[0]
+    arguments = (logits, cosines, labels, tau, float(lambda_v), float(lambda_t), chosen)
+    if not runs_eagerly(logits, cosines, labels):
+        return _forward(*arguments)[0]
+    if wants_gradient(logits, cosines):
+        return TextSupervisedLossFunction.apply(*arguments)
+    return _run_forward(*arguments)[0]
 
 
-@torch.library.custom_op("mooring::text_supervised_loss", mutates_args=())
-def _forward(
+def _run_forward(
     logits: Tensor,
     cosines: Tensor,
     labels: Tensor,
@@ -102,6 +109,9 @@ def _forward(
     return cpu.text_supervised_loss_fwd(logits, cosines, labels, tau, lambda_v, lambda_t)
 
 
+_forward = torch.library.custom_op("mooring::text_supervised_loss", _run_forward, mutates_args=())
+
+
 @_forward.register_fake
 def _(
     logits: Tensor,
@@ -118,8 +128,7 @@ def _(
     return empty(), empty(), empty(logits.shape[0]), empty(logits.shape[0])
 
 
-@torch.library.custom_op("mooring::text_supervised_loss_backward", mutates_args=())
-def _backward(
+def _run_backward(
     logits: Tensor,
     cosines: Tensor,
     labels: Tensor,
@@ -145,6 +154,9 @@ def _backward(
 
     scale = grad_loss.item() * inverse_count.item()
     return cpu.text_supervised_loss_bwd(logits, cosines, labels, lse_logits, lse_texts, scale, *options)
+
+
+_backward = torch.library.custom_op("mooring::text_supervised_loss_backward", _run_backward, mutates_args=())
 
 
 @_backward.register_fake
@@ -173,11 +185,35 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(logits, cosines, labels, *output[1:])
 
 
-def _autograd(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _gradients(
+    backward: Callable[..., tuple[Tensor, Tensor]], ctx: Any, grad_loss: Tensor
+) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:2])
-    grads = _backward(*ctx.saved_tensors, grad_loss, *ctx.options, needs, ctx.impl)
+    grads = backward(*ctx.saved_tensors, grad_loss, *ctx.options, needs, ctx.impl)
     grad_logits, grad_cosines = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return grad_logits, grad_cosines, None, None, None, None, None
 
 
+def _autograd(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return _gradients(_backward, ctx, grad_loss)
+
+
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class TextSupervisedLossFunction(torch.autograd.Function):
+    """The same functions for eager calls, see ``runtime/eager.py``."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        outputs = _run_forward(*inputs)
+        ctx.set_materialize_grads(False)
+        _setup_context(ctx, inputs, outputs)
+        return outputs[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_loss: Tensor, *_: Any
+    ) -> tuple[Tensor | None, ...]:
+        return _gradients(_run_backward, ctx, grad_loss)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mooring_kernels.runtime.checks import require_floats, require_labels, require_one_device, require_width
 from mooring_kernels.runtime.dispatch import Impl, choose
+from mooring_kernels.runtime.eager import runs_eagerly, wants_gradient
 from mooring_kernels.two_head_cross_entropy import reference
 
 
@@ -73,12 +76,17 @@ def two_head_cross_entropy(
     if chosen == "reference":
         return reference.two_head_cross_entropy(*rows, source_weight, label_smoothing)
     number = 0.0 if isinstance(source_weight, Tensor) else float(source_weight)
-    loss, target_loss, source_loss, *_ = _forward(*rows, tensor, number, float(label_smoothing), chosen)
+    arguments = (*rows, tensor, number, float(label_smoothing), chosen)
+    if not runs_eagerly(*rows):
+        loss, target_loss, source_loss, *_ = _forward(*arguments)
+    elif wants_gradient(target_logits, source_logits):
+        loss, target_loss, source_loss = TwoHeadCrossEntropyFunction.apply(*arguments)
+    else:
+        loss, target_loss, source_loss, *_ = _run_forward(*arguments)
     return loss, target_loss, source_loss
 
 
-@torch.library.custom_op("mooring::two_head_cross_entropy", mutates_args=())
-def _forward(
+def _run_forward(
     target_logits: Tensor,
     target_labels: Tensor,
     source_logits: Tensor,
@@ -100,6 +108,9 @@ def _forward(
     return cpu.two_head_cross_entropy_fwd(*rows, value, label_smoothing)
 
 
+_forward = torch.library.custom_op("mooring::two_head_cross_entropy", _run_forward, mutates_args=())
+
+
 @_forward.register_fake
 def _(
     target_logits: Tensor,
@@ -118,8 +129,7 @@ def _(
     return empty(), empty(), empty(), empty(2), empty(rows)
 
 
-@torch.library.custom_op("mooring::two_head_cross_entropy_backward", mutates_args=())
-def _backward(
+def _run_backward(
     target_logits: Tensor,
     target_labels: Tensor,
     source_logits: Tensor,
@@ -153,6 +163,11 @@ def _backward(
     return cpu.two_head_cross_entropy_bwd(*rows, lse, *scales, label_smoothing, needs)
 
 
+_backward = torch.library.custom_op(
+    "mooring::two_head_cross_entropy_backward", _run_backward, mutates_args=()
+)
+
+
 @_backward.register_fake
 def _(
     target_logits: Tensor,
@@ -182,18 +197,35 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*tensors, *output[3:])
 
 
-def _autograd(
-    ctx: Any,
-    grad_loss: Tensor | None,
-    grad_target_loss: Tensor | None,
-    grad_source_loss: Tensor | None,
-    *_: Any,
+def _gradients(
+    backward: Callable[..., tuple[Tensor, Tensor]], ctx: Any, upstream: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
-    upstream = (grad_loss, grad_target_loss, grad_source_loss)
-    grads = _backward(*ctx.saved_tensors, *upstream, ctx.number, ctx.label_smoothing, needs, ctx.impl)
+    grads = backward(*ctx.saved_tensors, *upstream, ctx.number, ctx.label_smoothing, needs, ctx.impl)
     grad_target, grad_source = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
     return grad_target, None, grad_source, None, None, None, None, None
 
 
+def _autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _gradients(_backward, ctx, grads[:3])
+
+
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class TwoHeadCrossEntropyFunction(torch.autograd.Function):
+    """The same functions for eager calls, see ``runtime/eager.py``."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        outputs = _run_forward(*inputs)
+        ctx.set_materialize_grads(False)
+        _setup_context(ctx, inputs, outputs)
+        return outputs[:3]
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        return _gradients(_run_backward, ctx, grads[:3])
