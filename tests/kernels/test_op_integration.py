@@ -81,8 +81,9 @@ def opcheck_cases() -> list[Any]:
         (class_statistics_op.class_statistics_forward, (FROZEN, TUNED, LABELS, HEAD, 1.0, "native")),
         (calibrate_op._forward, (FROZEN, TUNED, LABELS, HEAD, HEAD, ROTATION, torch.ones(()), "native")),
         (calibrate_op._forward, (FROZEN, TUNED, LABELS, HEAD, HEAD, None, torch.ones(()), "native")),
-        (procrustes_rotation_op._forward, (FROZEN, TUNED, LABELS, 1e-3, True, True, False)),
-        (procrustes_rotation_op._forward, (FROZEN, TUNED, LABELS, 0.0, False, True, True)),
+        (procrustes_rotation_op._forward, (FROZEN, TUNED, LABELS, 1e-3, "newton", True, False)),
+        (procrustes_rotation_op._forward, (FROZEN, TUNED, LABELS, 1e-3, "polar", True, False)),
+        (procrustes_rotation_op._forward, (FROZEN, TUNED, LABELS, 0.0, "svd", True, True)),
         (bank_cross_entropy_op._forward, (*head_rows, True, [True, True, True], "native")),
         (
             dr_tune_loss_op._forward,

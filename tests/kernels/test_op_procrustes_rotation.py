@@ -1,7 +1,8 @@
-"""procrustes_rotation: both solvers against a float64 SVD, and the degenerate banks."""
+"""procrustes_rotation: its solvers against a float64 SVD, and the degenerate banks."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ from implementations import draw_unit_rows
 from torch import Tensor
 
 from mooring_kernels import procrustes_rotation
-from mooring_kernels.procrustes_rotation.polar import polar_factor
+from mooring_kernels.procrustes_rotation import blocks, covariance, newton, polynomial, zolotarev
 
-SOLVERS = ["polar", "svd"]
+SOLVERS = ["newton", "polar", "svd"]
 
 
 def drifted_bank(
@@ -40,7 +41,11 @@ def exact(frozen: Tensor, tuned: Tensor, labels: Tensor, ridge: float, centred: 
 
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("ridge", [1e-2, 1e-3])
-@pytest.mark.parametrize("rows,drift", [(200, 0.2), (200, 1.0), (40, 0.2)], ids=["small", "large", "n<D"])
+@pytest.mark.parametrize(
+    "rows,drift",
+    [(200, 0.2), (200, 1.0), (64, 3.0), (40, 0.2), (20, 1.0)],
+    ids=["small", "large", "n=D", "n<D", "n<D/3"],
+)
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_solvers_match_a_float64_svd(
     solver: Any, rows: int, drift: float, ridge: float, centred: bool, generator: torch.Generator
@@ -54,15 +59,43 @@ def test_solvers_match_a_float64_svd(
     assert (rotated - exact_rows).norm(dim=1).max() < 3e-7 / ridge
 
 
+@pytest.mark.parametrize("ridge", [1e-4, 1e-6])
+@pytest.mark.parametrize("rows,drift", [(200, 1.0), (48, 3.0), (30, 1.0)])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_low_ridge_leaves_the_rotation_orthogonal(
+    solver: Any, rows: int, drift: float, ridge: float, generator: torch.Generator
+) -> None:
+    """Singular values under the ridge's, down to fp32 noise: directions are lost there, orthogonality is not."""
+    bank = drifted_bank(rows, 64, drift, generator)
+    got = procrustes_rotation(*bank, ridge, solver)
+    torch.testing.assert_close(got.T @ got, torch.eye(64), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [900, 150], ids=["full", "span"])
+def test_blocks_wider_than_a_leaf(rows: int, generator: torch.Generator) -> None:
+    """D = 531 takes each blocked path of the inverses, with uneven blocks; twice the same bank, the same bits."""
+    frozen = torch.nn.functional.normalize(torch.randn(rows, 531, generator=generator))
+    noise = torch.randn(rows, 531, generator=generator)
+    tuned = torch.nn.functional.normalize(frozen.roll(1, 1) + 0.02 * noise)
+    labels = torch.zeros(rows, dtype=torch.int64)
+    got = procrustes_rotation(frozen, tuned, labels)
+    assert torch.equal(got, procrustes_rotation(frozen, tuned, labels))
+    assert torch.equal(got, procrustes_rotation(frozen, tuned, labels, solver="newton"))
+    expected = exact(frozen, tuned, labels, 1e-3)
+    rotated, exact_rows = (frozen.double() @ r.double().T for r in (got, expected))
+    assert (rotated - exact_rows).norm(dim=1).max() < 1e-4
+    torch.testing.assert_close(got.T @ got, torch.eye(531), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_after_warm_up_the_rotation_is_the_identity(solver: Any, generator: torch.Generator) -> None:
     """Both banks hold the frozen features: also with fewer rows than dimensions, and dead dimensions."""
-    frozen, _, labels = drifted_bank(48, 96, 0.0, generator)
-    frozen[:, 70:80] = 0
-    got = procrustes_rotation(frozen, frozen, labels, solver=solver)
-    # polar: the spec's 1e-5; the SVD in fp32 loses 1e-7 / ridge in the directions that only the ridge fixes
-    torch.testing.assert_close(got, torch.eye(96), rtol=0, atol=1e-5 if solver == "polar" else 1e-4)
-    torch.testing.assert_close(procrustes_rotation(frozen, frozen, labels), torch.eye(96), rtol=0, atol=1e-5)
+    for rows, width in ((48, 96), (20, 96), (60, 200)):
+        frozen, _, labels = drifted_bank(rows, width, 0.0, generator)
+        frozen[:, 70:80] = 0
+        got = procrustes_rotation(frozen, frozen, labels, solver=solver)
+        # the spec's 1e-5; the SVD in fp32 loses 1e-7 / ridge in the directions that only the ridge fixes
+        torch.testing.assert_close(got, torch.eye(width), rtol=0, atol=1e-4 if solver == "svd" else 1e-5)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -91,23 +124,98 @@ def test_masked_rows_and_row_order_do_not_matter(solver: Any, generator: torch.G
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
-def test_polar_factor_over_the_whole_range_of_singular_values(generator: torch.Generator) -> None:
-    """Down to 2e-7 of the largest, where the spectrum's top is one value or many (the bound's worst case)."""
-    width = 48
+@pytest.mark.parametrize("width", [48, 300])
+def test_polar_factors_over_the_whole_range_of_singular_values(
+    width: int, generator: torch.Generator
+) -> None:
+    """Down to 5e-7 of the largest, where the spectrum's top is one value or many (the bound's worst case)."""
     left, right = (
         torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0] for _ in "ab"
     )
     for values in (
-        torch.logspace(0, -6.6, width),
+        torch.logspace(0, -6.3, width),
+        torch.logspace(0, -3, width),
         torch.ones(width),
-        torch.cat([torch.ones(1), torch.full((47,), 3e-7)]),
+        torch.cat([torch.ones(1), torch.full((width - 1,), 5e-7)]),
+        torch.cat([torch.ones(width - 1), torch.full((1,), 5e-7)]),
     ):
         matrix = left @ torch.diag(values.double()) @ right
-        for scale in (0.1, 1.0, 100.0):
-            factor = polar_factor(scale * matrix)
-            torch.testing.assert_close(factor, left @ right, rtol=0, atol=1e-9)
-            narrow = polar_factor((scale * matrix).float())
-            torch.testing.assert_close(narrow.T @ narrow, torch.eye(width), rtol=0, atol=1e-5)
+        for factor in (
+            lambda m, scale: newton.polar_factor(m, scale),
+            lambda m, scale: polynomial.polar_factor(m),
+        ):
+            for scale in (0.1, 100.0):
+                wide = factor(scale * matrix, scale)
+                torch.testing.assert_close(wide, left @ right, rtol=0, atol=1e-8)
+                narrow = factor((scale * matrix).float(), scale)
+                torch.testing.assert_close(narrow.T @ narrow, torch.eye(width), rtol=0, atol=1e-5)
+
+
+def test_newton_survives_a_wrong_norm_and_a_singular_matrix(generator: torch.Generator) -> None:
+    """The look at ``R^T R`` catches what estimates missed; a pivot of zero becomes rounding error."""
+    matrix = torch.randn(40, 40, generator=generator)
+    torch.testing.assert_close(
+        newton.polar_factor(matrix, 0.02), newton.polar_factor(matrix, 10.0), rtol=0, atol=1e-4
+    )
+    matrix[:, 7] = 0
+    assert newton.polar_factor(matrix * torch.inf, 12.0).isnan().all()
+    factor = newton.polar_factor(matrix, 12.0)
+    torch.testing.assert_close(factor.T @ factor, torch.eye(40), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 7, 96, 97, 300, 531])
+def test_blocked_inverses_and_gram(width: int, generator: torch.Generator) -> None:
+    x = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    x[0, 0] = float(width == 1)  # a pivot that must move
+    torch.testing.assert_close(blocks.inverse_transpose(x), torch.linalg.inv(x).T, rtol=1e-7, atol=1e-7)
+    square = x.T @ x
+    torch.testing.assert_close(blocks.gram(x), square)
+    definite = square + width * torch.eye(width, dtype=torch.float64)
+    expected = torch.linalg.inv(definite)
+    torch.testing.assert_close(blocks.definite_inverse_(definite), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kappa", [1.001, 1.3, 2.5, 9.0])
+@pytest.mark.parametrize("poles", [1, 2, 3, 5])
+def test_the_rational_function_is_minimax(kappa: float, poles: int) -> None:
+    """``f - 1`` takes its extreme 2 poles + 2 times with alternating sign: no other of its degree is nearer."""
+    constant, terms = zolotarev.partial_fractions(kappa, poles)
+    x = torch.linspace(1 / kappa, 1, 40001, dtype=torch.float64)
+    off = x * (constant + sum(a / (x * x + c) for c, a in terms)) - 1
+    largest = float(off.abs().max())
+    assert largest <= 1.05 * zolotarev.error(kappa, poles) + 1e-14
+    if largest > 1e-12:  # else rounding
+        signs = off[off.abs() > (1 - 1e-3) * largest].sign()
+        assert int((signs[1:] != signs[:-1]).sum()) + 1 == 2 * poles + 2
+
+
+def test_the_polynomial_schedule_is_minimax() -> None:
+    """The four extremes of each error: at both ends of its widened interval and where the slope is zero inside.
+
+    They are equal, up to the common scale that recentres a cushioned step (its bottom is not the interval's).
+    """
+    low, high = 2 * polynomial.REACH, 2.0
+    for a, b, c in polynomial.SCHEDULE[:-2]:
+        bottom, top = max(low, 0.0240733 * 1.01 * high), 1.01 * high
+        root = math.sqrt(9 * b * b - 20 * a * c)
+        peak, dip = (math.sqrt((-3 * b + sign * root) / (10 * c)) for sign in (-1, 1))
+        values = [a * x + b * x**3 + c * x**5 for x in (bottom, peak, dip, top)]
+        assert values[0] == pytest.approx(values[2], abs=1e-4)
+        assert values[1] == pytest.approx(values[3], abs=1e-4)
+        if low == bottom and low > 0.1:
+            assert values[1] - 1 == pytest.approx(1 - values[0], abs=1e-4)
+        low, high = a * low + b * low**3 + c * low**5, values[1]
+    assert low > 0.85 and high < 1.15
+    assert polynomial.schedule(1e-3) == polynomial.SCHEDULE
+    assert [len(polynomial.schedule(ridge)) for ridge in (2e-2, 1e-4, 1e-6, 1e-12)] == [12, 16, 19, 24]
+
+
+@pytest.mark.parametrize("width", [1, 2, 65, 400])
+def test_the_norm_is_exact_enough_without_a_gap(width: int, generator: torch.Generator) -> None:
+    random = torch.randn(width, width, generator=generator)
+    for matrix in (random, torch.eye(width), torch.zeros(width, width), random[:, :1] @ random[:1]):
+        expected = torch.linalg.matrix_norm(matrix, 2)
+        torch.testing.assert_close(covariance.spectral_norm(matrix), expected, rtol=1e-4, atol=1e-30)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -167,7 +275,8 @@ def test_bf16_banks_and_float64(generator: torch.Generator) -> None:
         ({"ridge": -1.0}, "ridge must be finite and >= 0; got -1.0"),
         ({"ridge": 0.0, "solver": "polar"}, "polar solver needs ridge > 0"),
         ({"det_fix": True, "solver": "polar"}, "det_fix=True: use solver='svd'"),
-        ({"solver": "qr"}, "solver must be one of auto, polar, svd; got 'qr'"),
+        ({"solver": "qr"}, "solver must be one of auto, newton, polar, svd; got 'qr'"),
+        ({"ridge": 0.0, "impl": "native"}, "newton solver needs ridge > 0"),
         ({"solver": "polar", "impl": "reference"}, "impl='reference' is the SVD"),
         ({"impl": "cuda"}, "impl must be one of"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -98,12 +100,13 @@ def test_label_smoothing_reaches_bank_rows() -> None:
     assert smoothed > plain + 1e-4 or smoothed < plain - 1e-4
 
 
+@pytest.mark.parametrize("solver", ["newton", "polar"])
 @pytest.mark.parametrize("changes", [{"rotation_ridge": 0.0}, {"rotation_det_fix": True}])
-def test_polar_without_a_ridge_is_refused_with_the_settings(changes: dict) -> None:
+def test_polar_without_a_ridge_is_refused_with_the_settings(changes: dict, solver: Any) -> None:
     from mooring.config.method_settings import DRTuneSettings
 
     with pytest.raises(ValueError, match="take rotation_solver=svd"):
-        DRTuneSettings(rotation_solver="polar", **changes)
+        DRTuneSettings(rotation_solver=solver, **changes)
 
 
 def test_labels_beyond_the_classes_are_refused_before_they_enter_the_bank() -> None:

@@ -65,9 +65,9 @@ class DRTuneSettings(Settings):
         default=True, description="centre both banks before the fit (public code); paper: False"
     )
     rotation_det_fix: bool = Field(default=False, description="force determinant +1, as the public code does")
-    rotation_solver: Literal["auto", "polar", "svd"] = Field(
+    rotation_solver: Literal["auto", "newton", "polar", "svd"] = Field(
         default="auto",
-        description="polar: Newton-Schulz, matrix products only; svd: exact; auto: the op chooses",
+        description="polar: matrix products only; newton: CPU only; svd: exact; auto: the op chooses",
     )
     translation: bool = Field(default=True, description="move each class mean onto the tuned class mean")
     cga_scale: float = Field(
@@ -84,9 +84,11 @@ class DRTuneSettings(Settings):
 
     @model_validator(mode="after")
     def _polar_needs_a_ridge(self) -> DRTuneSettings:
-        if self.rotation_solver == "polar" and (self.rotation_ridge == 0 or self.rotation_det_fix):
+        without_svd = self.rotation_solver in ("newton", "polar")
+        if without_svd and (self.rotation_ridge == 0 or self.rotation_det_fix):
             raise ValueError(
-                "rotation_solver=polar needs rotation_ridge > 0 and rotation_det_fix=false; take rotation_solver=svd"
+                f"rotation_solver={self.rotation_solver} needs rotation_ridge > 0 and rotation_det_fix=false; "
+                "take rotation_solver=svd"
             )
         return self
 
