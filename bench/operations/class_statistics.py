@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import mooring_kernels as ops
 from bench.operation import (
+    SIZES,
     Operation,
+    Size,
     draw_bank,
     draw_head,
     implementations,
@@ -14,6 +16,7 @@ from bench.operation import (
 def _operation() -> Operation:
     return Operation(
         name="class_statistics",
+        sizes=(*SIZES, Size(B=64, K=16384, D=2048, C=1000)),  # 268 MB of banks: no cache holds them
         inputs=lambda size, generator, dtype: {
             **draw_bank(size, generator, dtype),
             "head_weight": draw_head(size, generator),

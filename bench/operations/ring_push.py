@@ -7,6 +7,7 @@ import torch
 import mooring_kernels as ops
 from bench.baselines import dr_tune
 from bench.operation import (
+    SIZES,
     Candidate,
     Inputs,
     Operation,
@@ -39,6 +40,7 @@ def _operation() -> Operation:
 
     return Operation(
         name="ring_push_",
+        sizes=(*SIZES, Size(B=16384, K=16384, D=2048, C=1000)),  # 268 MB of new rows: no cache holds them
         inputs=inputs,
         candidates=(
             *implementations(push),

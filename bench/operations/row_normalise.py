@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mooring_kernels as ops
 from bench.operation import (
+    SIZES,
     Operation,
     Pass,
     Size,
@@ -24,6 +25,7 @@ def _operation() -> Operation:
 
     return Operation(
         name="row_normalise",
+        sizes=(*SIZES, Size(K=65536, D=1024)),  # 268 MB: no cache holds them
         inputs=lambda size, generator, dtype: {"x": normal(generator, size.K, size.D).to(dtype)},
         candidates=implementations(lambda i, impl: ops.row_normalise(i["x"], impl=impl)),
         counted_bytes=counted_bytes,

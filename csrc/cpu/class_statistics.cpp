@@ -26,25 +26,55 @@ struct ClassIndex {
     }
 };
 
-// Columns summed at a time: two accumulators of this many floats stay in the first-level cache.
-constexpr int64_t kTile = 512;
-// Rows summed before they are added to the total, so that rounding grows with K / 256 + 256, not K.
+// Members whose sums are one task: with more of them a class is several tasks, whose sums are then merged, so
+// that rounding grows with members / 256 + 256 and one large class does not lie on one thread.
 constexpr int64_t kBlock = 256;
+// Rows of the tuned bank that are read for their confidence and, while they are in cache, added up.
+constexpr int kGroup = 8;
 
-// total += sum over members m of weight[m] * x[order[m], tile]; weight null means one.
-void weighted_sum(const RowKernels& kernels, Matrix x, const int64_t* order, const float* weight,
-                  int64_t members, int64_t first_column, int64_t columns, int64_t D, float* total) {
-    const auto accumulate = kernels.accumulate[index_of(x.dtype)];
-    const auto add = kernels.accumulate[index_of(DType::f32)];
-    float block[kTile];
-    for (int64_t start = 0; start < members; start += kBlock) {
-        const int64_t end = start + kBlock < members ? start + kBlock : members;
-        for (int64_t j = 0; j < columns; ++j) block[j] = 0.0f;
-        for (int64_t m = start; m < end; ++m) {
-            const char* row = static_cast<const char*>(row_at(x.data, x.dtype, order[m], D));
-            accumulate(block, weight ? weight[m] : 1.0f, row + first_column * element_size(x.dtype), columns);
+struct Block {
+    int64_t c, first, members;  // members order[first] .. order[first + members - 1], all of class c
+};
+
+// Sums over members: the exponentials are relative to `highest`, the largest confidence logit so far.
+struct Sums {
+    float highest = -HUGE_VALF;
+    float total = 0.0f;
+    float* frozen;
+    float* tuned;
+};
+
+// Brings `sums` to another origin of the exponentials, which is not lower; returns the factor.
+float raise(Sums& sums, float highest) {
+    const float decay = sums.total == 0.0f ? 0.0f : std::exp(sums.highest - highest);
+    sums.highest = highest;
+    sums.total *= decay;
+    return decay;
+}
+
+void add_block(const RowKernels& kernels, Matrix frozen, Matrix tuned, const int64_t* order, int64_t members,
+               const float* prototype, float sharpness, int64_t D, Sums& sums) {
+    const auto dot = kernels.dot[index_of(tuned.dtype)];
+    const float ones[kGroup] = {1, 1, 1, 1, 1, 1, 1, 1};
+    for (int64_t start = 0; start < members; start += kGroup) {
+        const int count = static_cast<int>(members - start < kGroup ? members - start : kGroup);
+        const void *frozen_rows[kGroup], *tuned_rows[kGroup];
+        float weight[kGroup];
+        float highest = sums.highest;
+        for (int r = 0; r < count; ++r) {
+            const int64_t k = order[start + r];
+            frozen_rows[r] = row_at(frozen.data, frozen.dtype, k, D);
+            tuned_rows[r] = row_at(tuned.data, tuned.dtype, k, D);
+            weight[r] = sharpness * dot(tuned_rows[r], prototype, D);
+            highest = weight[r] > highest ? weight[r] : highest;
         }
-        add(total, 1.0f, block, columns);
+        const float decay = raise(sums, highest);
+        for (int r = 0; r < count; ++r) {
+            weight[r] = std::exp(weight[r] - highest);
+            sums.total += weight[r];
+        }
+        kernels.accumulate_rows[index_of(tuned.dtype)](sums.tuned, decay, tuned_rows, weight, count, D);
+        kernels.accumulate_rows[index_of(frozen.dtype)](sums.frozen, 1.0f, frozen_rows, ones, count, D);
     }
 }
 
@@ -55,11 +85,28 @@ void class_statistics(Matrix frozen, Matrix tuned, const int64_t* labels, const 
                       int64_t D, int64_t C, int threads) {
     constexpr float kEps = 1e-12f;
     const RowKernels& kernels = row_kernels();
-    const auto dot = kernels.dot[index_of(tuned.dtype)];
     const ClassIndex index(labels, K, C);
-    const int64_t valid = index.begin.back();
-    std::vector<float> sharpness(static_cast<size_t>(C));
-    std::vector<float> weight(static_cast<size_t>(valid));
+    std::vector<Block> blocks;
+    std::vector<int64_t> first_block(static_cast<size_t>(C) + 1, 0);
+    for (int64_t c = 0; c < C; ++c) {
+        const int64_t end = index.begin[static_cast<size_t>(c) + 1];
+        for (int64_t first = index.begin[static_cast<size_t>(c)]; first < end; first += kBlock) {
+            blocks.push_back({c, first, end - first < kBlock ? end - first : kBlock});
+        }
+        first_block[static_cast<size_t>(c) + 1] = static_cast<int64_t>(blocks.size());
+    }
+    // The first block of a class is summed in the results themselves, each further one in a row of its own.
+    std::vector<Sums> sums(blocks.size());
+    int64_t further = 0;
+    for (size_t b = 0; b < blocks.size(); ++b) further += b > 0 && blocks[b].c == blocks[b - 1].c;
+    std::vector<float> own(static_cast<size_t>(2 * further * D), 0.0f);
+    float* next = own.data();
+    for (size_t b = 0; b < blocks.size(); ++b) {
+        const bool in_place = b == 0 || blocks[b].c != blocks[b - 1].c;
+        sums[b].frozen = in_place ? frozen_mean + blocks[b].c * D : next;
+        sums[b].tuned = in_place ? tuned_mean + blocks[b].c * D : next + D;
+        if (!in_place) next += 2 * D;
+    }
 
     const int workers = useful_threads(threads, K * D);
 #pragma omp parallel num_threads(workers)
@@ -68,53 +115,40 @@ void class_statistics(Matrix frozen, Matrix tuned, const int64_t* labels, const 
         for (int64_t c = 0; c < C; ++c) {
             const size_t at = static_cast<size_t>(c);
             count[c] = static_cast<float>(index.begin[at + 1] - index.begin[at]);
-            if (count[c] == 0.0f) continue;
-            const float norm = row_norm(kernels, head_weight + c * D, DType::f32, D);
-            sharpness[at] = cga_scale / (norm < kEps ? kEps : norm);
+            for (int64_t j = 0; j < D; ++j) frozen_mean[c * D + j] = tuned_mean[c * D + j] = 0.0f;
         }
 
-        // Phase 1, over rows: the confidence logit of each member. Reads the tuned bank once.
+        // Reads each bank once. A block is summed by one thread in row order, and blocks are merged in
+        // order, so the result does not depend on the number of threads.
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t b = 0; b < static_cast<int64_t>(blocks.size()); ++b) {
+            const Block& block = blocks[static_cast<size_t>(b)];
+            const float* prototype = head_weight + block.c * D;
+            const float norm = row_norm(kernels, prototype, DType::f32, D);
+            add_block(kernels, frozen, tuned, index.order.data() + block.first, block.members, prototype,
+                      cga_scale / (norm < kEps ? kEps : norm), D, sums[static_cast<size_t>(b)]);
+        }
+
 #pragma omp for schedule(static)
-        for (int64_t m = 0; m < valid; ++m) {
-            const int64_t k = index.order[static_cast<size_t>(m)];
-            const int64_t c = labels[k];
-            weight[static_cast<size_t>(m)] =
-                sharpness[static_cast<size_t>(c)] *
-                dot(row_at(tuned.data, tuned.dtype, k, D), head_weight + c * D, D);
-        }
-
-        // Softmax over the members of each class.
-#pragma omp for schedule(dynamic, 16)
         for (int64_t c = 0; c < C; ++c) {
-            const size_t begin = static_cast<size_t>(index.begin[static_cast<size_t>(c)]);
-            const size_t end = static_cast<size_t>(index.begin[static_cast<size_t>(c) + 1]);
+            const size_t begin = static_cast<size_t>(first_block[static_cast<size_t>(c)]);
+            const size_t end = static_cast<size_t>(first_block[static_cast<size_t>(c) + 1]);
             if (begin == end) continue;
-            const float highest = kernels.maximum(weight.data() + begin, static_cast<int64_t>(end - begin));
-            double total = 0;
-            for (size_t m = begin; m < end; ++m) {
-                weight[m] = std::exp(weight[m] - highest);
-                total += weight[m];
+            Sums& whole = sums[begin];
+            for (size_t b = begin + 1; b < end; ++b) {
+                Sums& part = sums[b];
+                const float highest = part.highest > whole.highest ? part.highest : whole.highest;
+                const float kept = raise(whole, highest), one = 1.0f;
+                const float share = raise(part, highest);
+                const void *frozen_row = part.frozen, *tuned_row = part.tuned;
+                const auto add = kernels.accumulate_rows[index_of(DType::f32)];
+                add(whole.tuned, kept, &tuned_row, &share, 1, D);
+                add(whole.frozen, 1.0f, &frozen_row, &one, 1, D);
+                whole.total += part.total;
             }
-            for (size_t m = begin; m < end; ++m) weight[m] = static_cast<float>(weight[m] / total);
-        }
-
-        // Phase 2, over tiles of classes x columns: both means. Reads each bank once. A tile is summed
-        // by one thread in row order, so the result does not depend on the number of threads.
-        const int64_t tiles = (D + kTile - 1) / kTile;
-#pragma omp for schedule(dynamic, 4)
-        for (int64_t task = 0; task < C * tiles; ++task) {
-            const int64_t c = task / tiles, first = task % tiles * kTile;
-            const int64_t columns = D - first < kTile ? D - first : kTile;
-            float* frozen_row = frozen_mean + c * D + first;
-            float* tuned_row = tuned_mean + c * D + first;
-            for (int64_t j = 0; j < columns; ++j) frozen_row[j] = tuned_row[j] = 0.0f;
-            const size_t begin = static_cast<size_t>(index.begin[static_cast<size_t>(c)]);
-            const int64_t members = index.begin[static_cast<size_t>(c) + 1] - static_cast<int64_t>(begin);
-            if (members == 0) continue;
-            const int64_t* order = index.order.data() + begin;
-            weighted_sum(kernels, frozen, order, nullptr, members, first, columns, D, frozen_row);
-            weighted_sum(kernels, tuned, order, weight.data() + begin, members, first, columns, D, tuned_row);
-            for (int64_t j = 0; j < columns; ++j) frozen_row[j] /= static_cast<float>(members);
+            const auto scale = kernels.scale[index_of(DType::f32)][index_of(DType::f32)];
+            scale(whole.tuned, whole.tuned, 1.0f / whole.total, D);
+            scale(whole.frozen, whole.frozen, 1.0f / count[c], D);
         }
     }
 }

@@ -78,27 +78,75 @@ void subtract(float* out, const void* x_void, const float* y, int64_t n) {
         });
 }
 
-template <typename Out, typename T>
-void scale(void* out_void, const void* x_void, float s, int64_t n) {
-    Out* out = static_cast<Out*>(out_void);
-    const T* x = static_cast<const T*>(x_void);
-    const Vec factor = Vec::broadcast(s);
-    for_each_vec(
-        n, [&](int64_t i) { (Vec::load(x + i) * factor).store(out + i); },
-        [&](int64_t i, int count) { (Vec::load(x + i, count, 0.0f) * factor).store(out + i, count); });
+// Elements before the first address that a vector may be streamed to.
+template <typename Out>
+inline int64_t before_aligned(const Out* out, int64_t n) {
+    constexpr uintptr_t kBytes = W * sizeof(Out);
+    const int64_t elements =
+        static_cast<int64_t>((kBytes - reinterpret_cast<uintptr_t>(out) % kBytes) % kBytes / sizeof(Out));
+    return elements < n ? elements : n;
 }
 
-template <typename T>
+// Calls store(i, vec(i)) for the whole row: value(i) gives a vector, tail(i, count) a part of one.
+template <bool kStream, typename Out, typename Value, typename Tail>
+inline void write_row(Out* out, int64_t n, Value value, Tail tail) {
+    int64_t i = 0;
+    if (kStream) {
+        i = before_aligned(out, n);
+        if (i > 0) tail(0, static_cast<int>(i)).store(out, static_cast<int>(i));
+        for (; i + W <= n; i += W) value(i).stream(out + i);
+    }
+    for (; i + W <= n; i += W) value(i).store(out + i);
+    if (i < n) tail(i, static_cast<int>(n - i)).store(out + i, static_cast<int>(n - i));
+}
+
+template <bool kStream, typename Out, typename T>
+void scale(void* out_void, const void* x_void, float s, int64_t n) {
+    const T* x = static_cast<const T*>(x_void);
+    const Vec factor = Vec::broadcast(s);
+    write_row<kStream>(
+        static_cast<Out*>(out_void), n, [&](int64_t i) { return Vec::load(x + i) * factor; },
+        [&](int64_t i, int count) { return Vec::load(x + i, count, 0.0f) * factor; });
+}
+
+template <bool kStream, typename T>
 void combine(void* out_void, float a, const void* g_void, float b, const void* x_void, int64_t n) {
-    T* out = static_cast<T*>(out_void);
     const T* g = static_cast<const T*>(g_void);
     const T* x = static_cast<const T*>(x_void);
     const Vec va = Vec::broadcast(a), vb = Vec::broadcast(b);
-    for_each_vec(
-        n, [&](int64_t i) { fma(va, Vec::load(g + i), vb * Vec::load(x + i)).store(out + i); },
+    write_row<kStream>(
+        static_cast<T*>(out_void), n,
+        [&](int64_t i) { return fma(va, Vec::load(g + i), vb * Vec::load(x + i)); },
         [&](int64_t i, int count) {
-            fma(va, Vec::load(g + i, count, 0.0f), vb * Vec::load(x + i, count, 0.0f)).store(out + i, count);
+            return fma(va, Vec::load(g + i, count, 0.0f), vb * Vec::load(x + i, count, 0.0f));
         });
+}
+
+template <typename T>
+void accumulate_rows(float* acc, float decay, const void* const* rows, const float* weight, int count,
+                     int64_t n) {
+    const Vec kept = Vec::broadcast(decay);
+    const auto row = [&](int r) { return static_cast<const T*>(rows[r]); };
+    for_each_vec(
+        n,
+        [&](int64_t i) {
+            Vec total = kept * Vec::load(acc + i);
+            for (int r = 0; r < count; ++r) {
+                total = fma(Vec::broadcast(weight[r]), Vec::load(row(r) + i), total);
+            }
+            total.store(acc + i);
+        },
+        [&](int64_t i, int lanes) {
+            Vec total = kept * Vec::load(acc + i, lanes, 0.0f);
+            for (int r = 0; r < count; ++r) {
+                total = fma(Vec::broadcast(weight[r]), Vec::load(row(r) + i, lanes, 0.0f), total);
+            }
+            total.store(acc + i, lanes);
+        });
+}
+
+void fence() {
+    Vec::fence();
 }
 
 float add_and_sum_squares(float* y, const float* x, int64_t n) {
@@ -184,8 +232,14 @@ const RowKernels row_kernels = {
     {dot<float>, dot<Bf16>},
     {accumulate<float>, accumulate<Bf16>},
     {subtract<float>, subtract<Bf16>},
-    {{scale<float, float>, scale<float, Bf16>}, {scale<Bf16, float>, scale<Bf16, Bf16>}},
-    {combine<float>, combine<Bf16>},
+    {accumulate_rows<float>, accumulate_rows<Bf16>},
+    {{scale<false, float, float>, scale<false, float, Bf16>},
+     {scale<false, Bf16, float>, scale<false, Bf16, Bf16>}},
+    {{scale<true, float, float>, scale<true, float, Bf16>},
+     {scale<true, Bf16, float>, scale<true, Bf16, Bf16>}},
+    {combine<false, float>, combine<false, Bf16>},
+    {combine<true, float>, combine<true, Bf16>},
+    fence,
     add_and_sum_squares,
     maximum,
     sum,

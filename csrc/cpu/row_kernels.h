@@ -19,10 +19,18 @@ struct RowKernels {
     void (*accumulate[kDTypes])(float* acc, float a, const void* x, int64_t n);
     // out_i = x_i - y_i
     void (*subtract[kDTypes])(float* out, const void* x, const float* y, int64_t n);
+    // acc_i = decay acc_i + sum_r weight_r rows_r,i over `count` rows
+    void (*accumulate_rows[kDTypes])(float* acc, float decay, const void* const* rows, const float* weight,
+                                     int count, int64_t n);
     // out_i = x_i s, rounded to nearest even; first index: DType of out, second: DType of x
     void (*scale[kDTypes][kDTypes])(void* out, const void* x, float s, int64_t n);
+    // the same, written past the caches: for results that no cache could hold; fence() ends them
+    void (*scale_streamed[kDTypes][kDTypes])(void* out, const void* x, float s, int64_t n);
     // out_i = a g_i + b x_i; all three of one DType
     void (*combine[kDTypes])(void* out, float a, const void* g, float b, const void* x, int64_t n);
+    void (*combine_streamed[kDTypes])(void* out, float a, const void* g, float b, const void* x, int64_t n);
+    // makes this thread's streamed writes visible to the others
+    void (*fence)();
     // y_i += x_i, returns sum_i y_i^2
     float (*add_and_sum_squares)(float* y, const float* x, int64_t n);
     // max_i x_i; a NaN may be passed over, sum_exp will find it

@@ -8,6 +8,12 @@ inline int64_t element_size(DType dtype) {
     return dtype == DType::f32 ? 4 : 2;
 }
 
+// Whether a result is written past the caches. One that they may hold is not: its reader comes next.
+inline bool exceeds_caches(int64_t elements, DType dtype) {
+    constexpr int64_t kBytes = 64 * 1024 * 1024;
+    return elements * element_size(dtype) > kBytes;
+}
+
 inline int index_of(DType dtype) {
     return static_cast<int>(dtype);
 }

@@ -30,16 +30,19 @@ struct Vec {
         return load(padded);
     }
     void store(float* p) const { _mm256_storeu_ps(p, v); }
-    void store(Bf16* p) const {
+    void store(Bf16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrowed()); }
+    // Past the caches, to an address that is a multiple of the stored size.
+    void stream(float* p) const { _mm256_stream_ps(p, v); }
+    void stream(Bf16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrowed()); }
+    static void fence() { _mm_sfence(); }
+    __m128i narrowed() const {
         const __m256i bits = _mm256_castps_si256(v);
         const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
         const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
         const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
         const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
         const __m256i upper = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
-        const __m128i packed =
-            _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+        return _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
     }
     void store(float* p, int count) const {
         float lanes[width];

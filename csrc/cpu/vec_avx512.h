@@ -30,6 +30,10 @@ struct Vec {
     void store(Bf16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrowed()); }
     void store(float* p, int count) const { _mm512_mask_storeu_ps(p, first(count), v); }
     void store(Bf16* p, int count) const { _mm256_mask_storeu_epi16(p, first(count), narrowed()); }
+    // Past the caches, to an address that is a multiple of the stored size.
+    void stream(float* p) const { _mm512_stream_ps(p, v); }
+    void stream(Bf16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrowed()); }
+    static void fence() { _mm_sfence(); }
     float sum() const { return _mm512_reduce_add_ps(v); }
     float maximum() const { return _mm512_reduce_max_ps(v); }
 

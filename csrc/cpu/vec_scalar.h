@@ -45,6 +45,9 @@ struct Vec {
     void store(Bf16* p, int count) const {
         for (int i = 0; i < count; ++i) p[i] = narrow(lane[i]);
     }
+    void stream(float* p) const { store(p); }
+    void stream(Bf16* p) const { store(p); }
+    static void fence() {}
     float sum() const {
         return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
     }

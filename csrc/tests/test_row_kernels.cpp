@@ -63,6 +63,63 @@ void elementwise(const RowKernels& kernels, int64_t n) {
     CHECK_NEAR(squares, expected_squares, static_cast<double>(n + 2) * check::kUlp * expected_squares);
 }
 
+// What is written past the caches is what is written through them, to any address, and nothing around it.
+void streamed(const RowKernels& kernels, int64_t n) {
+    std::vector<float> x = check::normal(n, 6), y = check::normal(n, 7);
+    const std::vector<uint16_t> x_stored = check::to_bf16(x), y_stored = check::to_bf16(y);
+    for (int64_t shift = 0; shift < 3; ++shift) {
+        const size_t size = static_cast<size_t>(n + 8), at = static_cast<size_t>(shift);
+        std::vector<float> through(size, -7.0f), past = through;
+        kernels.scale[f32][bf16](through.data() + at, x_stored.data(), 0.3f, n);
+        kernels.scale_streamed[f32][bf16](past.data() + at, x_stored.data(), 0.3f, n);
+        kernels.fence();
+        CHECK(through == past);
+        kernels.combine[f32](through.data() + at, 2.0f, x.data(), -0.5f, y.data(), n);
+        kernels.combine_streamed[f32](past.data() + at, 2.0f, x.data(), -0.5f, y.data(), n);
+        kernels.fence();
+        CHECK(through == past);
+        std::vector<uint16_t> through_stored(size, 0x1234), past_stored = through_stored;
+        kernels.scale[bf16][f32](through_stored.data() + at, x.data(), 0.3f, n);
+        kernels.scale_streamed[bf16][f32](past_stored.data() + at, x.data(), 0.3f, n);
+        kernels.fence();
+        CHECK(through_stored == past_stored);
+        kernels.combine[bf16](through_stored.data() + at, 2.0f, x_stored.data(), -0.5f, y_stored.data(), n);
+        kernels.combine_streamed[bf16](past_stored.data() + at, 2.0f, x_stored.data(), -0.5f, y_stored.data(),
+                                       n);
+        kernels.fence();
+        CHECK(through_stored == past_stored);
+    }
+}
+
+void rows_at_once(const RowKernels& kernels, int64_t n) {
+    std::vector<std::vector<float>> rows;
+    std::vector<std::vector<uint16_t>> stored;
+    for (unsigned r = 0; r < 3; ++r) {
+        rows.push_back(check::normal(n, 10 + r));
+        stored.push_back(check::to_bf16(rows.back()));
+    }
+    const float weight[] = {0.5f, -1.25f, 2.0f};
+    for (int count : {0, 1, 3}) {
+        for (int dtype : {f32, bf16}) {
+            const void* sources[3];
+            for (size_t r = 0; r < 3; ++r)
+                sources[r] = dtype == f32 ? static_cast<const void*>(rows[r].data()) : stored[r].data();
+            std::vector<float> acc = check::normal(n, 20);
+            const std::vector<float> before = acc;
+            kernels.accumulate_rows[dtype](acc.data(), 0.75f, sources, weight, count, n);
+            for (size_t i = 0; i < acc.size(); ++i) {
+                double exact = 0.75 * before[i], size = std::fabs(exact);
+                for (int r = 0; r < count; ++r) {
+                    const double term = static_cast<double>(weight[r]) * rows[static_cast<size_t>(r)][i];
+                    exact += term;
+                    size += std::fabs(term);
+                }
+                CHECK_NEAR(acc[i], exact, 4 * check::kUlp * size);
+            }
+        }
+    }
+}
+
 void exponentials(const RowKernels& kernels, int64_t n) {
     const std::vector<float> x = check::normal(n, 5, 4.0f);
     double total = 0;
@@ -130,6 +187,8 @@ int main() {
     for (int64_t n = 1; n <= 70; ++n) {
         sums(kernels, n);
         elementwise(kernels, n);
+        streamed(kernels, n);
+        rows_at_once(kernels, n);
         exponentials(kernels, n);
     }
     for (int64_t n : {257, 1000, 2048}) {

@@ -26,11 +26,11 @@ void against_fp64(int64_t N, int64_t C, float smoothing, float spread) {
                                             loss_again.data(), N, C, check::kThreads);
     for (int64_t i = 0; i < N * stride; ++i) {
         const int64_t row = i / stride, column = i % stride;
-        const float got = wide[static_cast<size_t>(i)];
+        const float value = wide[static_cast<size_t>(i)];
         if (column >= C) {
-            CHECK(got == -7.0f);
+            CHECK(value == -7.0f);
         } else {
-            CHECK_NEAR(scale * got, grad[static_cast<size_t>(row * C + column)],
+            CHECK_NEAR(scale * value, grad[static_cast<size_t>(row * C + column)],
                        check::kUlp * (static_cast<double>(C) + 8) * (spread * 5 + 1));
         }
     }

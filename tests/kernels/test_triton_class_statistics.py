@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from mooring_kernels.class_statistics.gpu import class_statistics_fwd
+from mooring_kernels.class_statistics.gpu import class_logits_fwd_kernel, class_statistics_fwd
 
 
 def loop(
@@ -83,6 +83,22 @@ def test_masked_rows_are_not_read_and_absent_classes_are_zero(
     assert dirty[2].tolist() == [1.0, 0.0, 2.0, 0.0]
     assert not dirty[0][[1, 3]].any() and not dirty[1][[1, 3]].any()
     assert torch.equal(dirty[1][0], tuned[4]), "one member: its mean is the row itself"
+
+
+def test_a_label_equal_to_c_reads_no_prototype(device: torch.device, generator: torch.Generator) -> None:
+    """Nor does its row enter a mean: the confidence kernel stores 0 for it and reads nothing behind the head."""
+    _, tuned, _, head_weight = draw_bank(4, 16, 3, torch.float32, device, generator)
+    behind = torch.full((5, 16), float("nan"), device=device)
+    behind[:3] = head_weight
+    labels = torch.tensor([3, 4, 0, 3], device=device)
+    logits = torch.full((4,), float("nan"), device=device)
+    class_logits_fwd_kernel[(1,)](
+        tuned, labels, behind, logits, 4, 1.0, 1e-12,
+        C=3, D=16, stride_tuned_k=16, stride_tuned_d=1, stride_labels_k=1,
+        stride_head_weight_c=16, stride_head_weight_d=1, BLOCK_K=4, BLOCK_D=16,
+    )  # fmt: skip
+    assert logits[[0, 1, 3]].tolist() == [0.0, 0.0, 0.0]
+    assert logits[2].isfinite() and logits[2] != 0
 
 
 def test_everything_masked(device: torch.device, generator: torch.Generator) -> None:

@@ -67,7 +67,7 @@ def class_statistics(
         ValueError, TypeError: shapes, dtypes, devices or ``cga_scale`` do not fit.
 
     Source: arXiv 2308.12058, eq. 8-10; cosine in place of the dot product as in the public code.
-    Cost: reads K D elements of ``frozen`` once and of ``tuned`` twice, writes 2 C D; about 6 K D FLOP.
+    Cost: reads K D elements of each bank (Triton: of ``tuned`` twice), writes 2 C D; about 6 K D FLOP.
     """
     require_bank("class_statistics", frozen, tuned, labels, head_weight)
     require_cga_scale("class_statistics", cga_scale)
