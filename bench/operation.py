@@ -83,7 +83,9 @@ class Operation:
     candidates: tuple[Candidate, ...]
     counted_bytes: Callable[[Size, int, Pass], int]  # (size, bytes per value of the varied dtype, pass)
     counted_flop: Callable[[Size, Pass], int]
-    differentiable: tuple[str, ...] = ()  # inputs whose gradient is taken; empty: forward only
+    differentiable: tuple[
+        str, ...
+    ] = ()  # inputs (tensors or lists) whose gradient is taken; empty: forward only
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     amplification: float = 1.0  # how much the op magnifies rounding, for the verify bound
     in_place: bool = False  # inputs are written: each call gets a fresh clone when verified

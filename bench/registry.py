@@ -6,8 +6,12 @@ from bench.operation import Operation
 from bench.operations import (
     bank_cross_entropy,
     calibrate,
+    channel_attention,
     class_statistics,
+    concept_boxes,
     dr_tune_block,
+    ema,
+    l2_sp,
     procrustes_rotation,
     ring_push,
     row_normalise,
@@ -25,6 +29,10 @@ _DECLARED = (
     text_supervised_loss,
     two_head_cross_entropy,
     dr_tune_block,
+    concept_boxes,
+    channel_attention,
+    ema,
+    l2_sp,
 )
 
 OPERATIONS: dict[str, Operation] = {

@@ -29,9 +29,15 @@ def seeded_inputs(
     """Inputs drawn on the CPU by seed: every device gets the same numbers. Gradients are asked for."""
     drawn = operation.inputs(size, torch.Generator().manual_seed(seed), dtype)
     inputs = map_tensors(drawn, lambda tensor: tensor.to(device))
-    for name in operation.differentiable:
-        inputs[name].requires_grad_()
+    for leaf in _leaves(operation, inputs):
+        leaf.requires_grad_()
     return inputs
+
+
+def _leaves(operation: Operation, inputs: Inputs) -> list[Tensor]:
+    """The tensors whose gradient is taken, of inputs that are tensors and of those that are lists."""
+    named = [inputs[name] for name in operation.differentiable]
+    return [leaf for value in named for leaf in (value if isinstance(value, list) else [value])]
 
 
 def _differentiable_outputs(outputs: Outputs) -> Outputs:
@@ -44,7 +50,7 @@ def gradients(operation: Operation, inputs: Inputs, outputs: Outputs, upstream: 
     Raises:
         VerificationError: an output that should carry a gradient does not.
     """
-    wanted = [inputs[name] for name in operation.differentiable]
+    wanted = _leaves(operation, inputs)
     differentiable = _differentiable_outputs(outputs)
     if len(differentiable) != len(upstream):
         raise VerificationError(
@@ -66,8 +72,8 @@ def upstream_for(outputs: Outputs, seed: int) -> Outputs:
 def expected_of(operation: Operation, inputs: Inputs, seed: int) -> Expected:
     """Runs the definition in float64 on the CPU, where its every step has float64 kernels."""
     exact = as_float64(map_tensors(inputs, lambda tensor: tensor.detach().cpu()))
-    for name in operation.differentiable:
-        exact[name].requires_grad_()
+    for leaf in _leaves(operation, exact):
+        leaf.requires_grad_()
     outputs = operation.candidates[0].call(exact)
     if not operation.differentiable:
         return Expected(outputs, (), ())
