@@ -57,10 +57,15 @@ class Options:
 
 
 def _checked(
-    operation: Operation, candidate: Candidate, sets: list[Inputs], expected: Expected, case: Case
+    operation: Operation,
+    candidate: Candidate,
+    sets: list[Inputs],
+    expected: Expected,
+    case: Case,
+    device: torch.device,
 ) -> tuple[Runner, float]:
     """The candidate, ready to be timed, and its relative error. Raises VerificationError."""
-    runner = Runner(operation, candidate, sets, SEED)
+    runner = Runner(operation, candidate, sets, device=device, seed=SEED)
     outputs, slopes = runner.first(expected.upstream)
     if candidate.same_function:
         return runner, verify(operation, outputs, slopes, expected, case.size, case.dtype, candidate.name)
@@ -84,7 +89,7 @@ def verify_quickly(operation: Operation, options: Options) -> None:
         expected = expected_of(operation, inputs, SEED)
         for candidate in operation.candidates:
             if options.wants(candidate, case):
-                _checked(operation, candidate, [inputs], expected, case)
+                _checked(operation, candidate, [inputs], expected, case, options.device)
 
 
 def run_operation(
@@ -175,7 +180,9 @@ def _runners(
         if not options.wants(candidate, case):
             continue
         try:
-            runner, errors[candidate.name] = _checked(operation, candidate, sets, expected, case)
+            runner, errors[candidate.name] = _checked(
+                operation, candidate, sets, expected, case, options.device
+            )
         except Exception as error:
             if not candidate.compiled:
                 raise
@@ -209,7 +216,7 @@ def _run_pass(
         name = runner.candidate.name
         try:
             calls[name] = runner.bind(which)
-            seconds = runner.measure_peak(which, calls[name], options.device)
+            seconds = runner.measure_peak(which, calls[name])
         except RuntimeError as error:
             # a CUDA graph cannot hold a host sync or a data-given shape
             if not runner.candidate.graphed or isinstance(error, VerificationError):

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 from bench.memory import peak_bytes
 from bench.operation import Candidate, Inputs, Operation, Outputs, Pass, map_tensors
-from bench.timing import Call
+from bench.timing import SLOW_SECONDS, Call
 from bench.verify import VerificationError, gradients, relative_error, upstream_for
 
 _STALE = 1e-3  # relative: eager was held against the definition, only an unwritten result is off by this much
@@ -23,16 +23,26 @@ def _prepared(candidate: Candidate) -> Callable[[Inputs], Outputs]:
 class Runner:
     """Each call takes the next set of inputs, that none stays in cache."""
 
-    def __init__(self, operation: Operation, candidate: Candidate, sets: list[Inputs], seed: int) -> None:
+    def __init__(
+        self,
+        operation: Operation,
+        candidate: Candidate,
+        sets: list[Inputs],
+        *,
+        device: torch.device,
+        seed: int,
+    ) -> None:
         self.candidate = candidate
         self.peaks: dict[Pass, int] = {}
         self.compiled: dict[str, int] = {}  # of a compiled candidate: graphs and breaks between them
+        self._device = device
         self._operation = operation
         self._call = _prepared(candidate)
         # in-place ops write their inputs: candidates must not see each other's
         self._sets = [map_tensors(s, lambda t: t.clone()) for s in sets] if operation.in_place else sets
         self._seed = seed
         self._turn = 0
+        self._slow_seconds: float | None = None
         self._saved: list[tuple[Outputs, Outputs]] = []
 
     def _next(self) -> int:
@@ -43,7 +53,7 @@ class Runner:
         """Outputs and gradients on the first set of inputs, for the verify gate."""
         inputs = self._sets[0]
         counters.clear()
-        outputs = self._call(inputs)
+        outputs = self._first_call(inputs)
         if self.candidate.compiled:
             self.compiled = {
                 "graphs": counters["stats"]["unique_graphs"],
@@ -52,6 +62,16 @@ class Runner:
         if not self._operation.differentiable:
             return outputs, ()
         return outputs, gradients(self._operation, inputs, outputs, upstream)
+
+    def _first_call(self, inputs: Inputs) -> Outputs:
+        """A forward pass that takes a second or more is measured here: an SVD is not run once more for that."""
+        if self._operation.differentiable or self.candidate.compiled or self.candidate.graphed:
+            return self._call(inputs)
+        results: list[Outputs] = []
+        peak, seconds = peak_bytes(lambda: results.append(self._call(inputs)), self._device)
+        if seconds >= SLOW_SECONDS:
+            self.peaks["forward"], self._slow_seconds = peak, seconds
+        return results[0]
 
     def _forward(self, number: int) -> Outputs:
         with torch.no_grad():
@@ -77,13 +97,13 @@ class Runner:
         graphs = [self._capture(step, number, which) for number in range(len(self._sets))]
         return lambda: graphs[self._next()].replay()
 
-    def measure_peak(self, which: Pass, call: Call, device: torch.device) -> float | None:
+    def measure_peak(self, which: Pass, call: Call) -> float | None:
         """Fills ``peaks`` from one call and returns its seconds; a graph was measured while it was captured."""
-        if self.candidate.graphed:
-            return None
+        if self.candidate.graphed or self._slow_seconds is not None:
+            return self._slow_seconds
         if self.candidate.compiled:
             call()  # compiles: what that allocates is not the op's
-        self.peaks[which], seconds = peak_bytes(call, device)
+        self.peaks[which], seconds = peak_bytes(call, self._device)
         return seconds
 
     def _capture(self, step: Callable[[int], Outputs], number: int, which: Pass) -> Any:

@@ -72,13 +72,17 @@ def in_turns(operations: list[Operation], *, quick: bool) -> list[list[tuple[Ope
     return [[(op, of_op[turn]) for op, of_op in cases if turn < len(of_op)] for turn in range(longest)]
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)  # a run of half an hour is watched through a pipe too
+
+
 def run(
     operations: list[Operation],
     options: Options,
     *,
     total_seconds: float | None = None,
     verify_only: bool = False,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = _say,
 ) -> Outcome:
     """Verifies every op on its quick sizes, then verifies, times and records case by case.
 

@@ -18,7 +18,7 @@ import torch
 Call = Callable[[], object]
 _SHORTEST_SAMPLE = 2e-3  # seconds of CPU time: far above the clock's resolution and the cost of reading it
 _FLUSH_BYTES = 256 * 1024**2  # more than any L2 cache today
-_SLOW = 1.0  # seconds: a call this long is warm after its first time
+SLOW_SECONDS = 1.0  # seconds: a call this long is warm after its first time
 _FEWEST_ROUNDS, _VERY_SLOW, _FEWEST_OF_VERY_SLOW = 3, 4.0, 2
 
 
@@ -71,7 +71,7 @@ def plan_rounds(costs: Mapping[str, float], rounds: int, budget_seconds: float) 
 
 def _warm(call: Call, known: float | None, wait: Callable[[], None], warm_up: int) -> float:
     """Seconds of one warm call: what is known of a slow one, else measured after a warm-up."""
-    if known is not None and known >= _SLOW:
+    if known is not None and known >= SLOW_SECONDS:
         return known
     seconds = 0.0
     for _ in range(warm_up):
