@@ -8,6 +8,16 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from mooring.config.baseline_settings import (
+    BSSSettings,
+    CoTuningSettings,
+    DELTASettings,
+    FeatureDistillationSettings,
+    FeatureMapSettings,
+    L2SPSettings,
+    LwFSettings,
+    StochNormSettings,
+)
 from mooring.config.method_settings import (
     DRTuneSettings,
     FineTuneSettings,
@@ -16,7 +26,7 @@ from mooring.config.method_settings import (
     Settings,
 )
 from mooring.data.batch import Batch
-from mooring.methods.base import At, Method, SetupContext
+from mooring.methods.base import At, Method, Resources, SetupContext
 from mooring.methods.registry import build_method
 from mooring.models.head import build_head
 from mooring.models.torchvision_shim import import_torchvision
@@ -27,7 +37,16 @@ SETTINGS: dict[str, Settings] = {
     "linear_probe": LinearProbeSettings(),
     "lp_ft": LPFTSettings(),
     "dr_tune": DRTuneSettings(bank_size=24, rotation_period=2),
+    "l2_sp": L2SPSettings(),
+    "feature_map": FeatureMapSettings(map_pull=1e-4),
+    "delta": DELTASettings(map_pull=1e-4),
+    "bss": BSSSettings(),
+    "stoch_norm": StochNormSettings(),
+    "lwf": LwFSettings(),
+    "feature_distillation": FeatureDistillationSettings(feature_pull=1e-3, regressor="linear"),
+    "co_tuning": CoTuningSettings(),
 }
+SOURCE_CLASSES = 6
 
 
 def small_encoder(kind: str) -> nn.Module:
@@ -76,7 +95,12 @@ def make_method(name: str, kind: str = "cnn", classes: int = 4, **changes: objec
     encoder = small_encoder(kind)
     torch.manual_seed(1)
     head = build_head(encoder.num_features, classes)
-    return build_method(SETTINGS[name].model_copy(update=changes), encoder, head)
+    resources = Resources(
+        classes=tuple(f"class {i}" for i in range(classes)),
+        source_head=build_head(encoder.num_features, SOURCE_CLASSES, std=0.1),
+        image_size=32,
+    )
+    return build_method(SETTINGS[name].model_copy(update=changes), encoder, head, resources=resources)
 
 
 def train_step(method: Method, batches: list[Batch], optimizer: torch.optim.Optimizer, where: At) -> float:

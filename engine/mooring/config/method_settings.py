@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Settings(BaseModel):
-    """Base of every settings table: unknown keys are refused, values are checked, never changed in place.
-
-    Strict: ``true`` is no number and ``"20"`` is no integer. Fields that a TOML file can only write as
-    another type (paths as text, tuples as lists) say ``strict=False`` one by one.
-    """
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False
-    )
+from mooring.config.baseline_settings import (
+    BSSSettings,
+    CoTuningSettings,
+    DELTASettings,
+    FeatureDistillationSettings,
+    FeatureMapSettings,
+    L2SPSettings,
+    LwFSettings,
+    StochNormSettings,
+)
+from mooring.config.settings import Settings
 
 
 class FineTuneSettings(Settings):
@@ -94,7 +94,18 @@ class DRTuneSettings(Settings):
 
 
 SingleMethod = Annotated[
-    FineTuneSettings | LinearProbeSettings | LPFTSettings | DRTuneSettings,
+    FineTuneSettings
+    | LinearProbeSettings
+    | LPFTSettings
+    | DRTuneSettings
+    | L2SPSettings
+    | FeatureMapSettings
+    | DELTASettings
+    | BSSSettings
+    | StochNormSettings
+    | LwFSettings
+    | FeatureDistillationSettings
+    | CoTuningSettings,
     Field(discriminator="name"),
 ]
 
@@ -113,10 +124,7 @@ class CombinedSettings(Settings):
         return self
 
 
-MethodSettings = Annotated[
-    FineTuneSettings | LinearProbeSettings | LPFTSettings | DRTuneSettings | CombinedSettings,
-    Field(discriminator="name"),
-]
+MethodSettings = Annotated[SingleMethod | CombinedSettings, Field(discriminator="name")]
 
 
 def method_tables() -> dict[str, type[Settings]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -173,19 +174,41 @@ class Method(nn.Module):
         """The untrained copy of the encoder, taken by ``keep_frozen_copy``."""
         return self._frozen[0]
 
-    def keep_frozen_copy(self) -> None:
-        """Takes the frozen copy from the encoder as it is now. Call it in ``__init__``, before any training."""
-        self._frozen = (frozen_copy(self.encoder),)
+    def keep_frozen_copy(self, *, fold: bool = True) -> None:
+        """Takes the frozen copy from the encoder as it is now. Call it in ``__init__``, before any training.
+
+        Args:
+            fold: fold BatchNorm into the convolutions before it; False where their outputs are compared.
+        """
+        self._frozen = (frozen_copy(self.encoder, fold=fold),)
 
     def share_frozen_copy(self, frozen: FrozenEncoder) -> None:
         """Uses a frozen copy that another method keeps."""
         self._frozen = (frozen,)
+
+    def own_source_head(self) -> nn.Linear:
+        """A copy of the pretrained classifier, for the method to keep.
+
+        Raises:
+            ValueError: there is none; the engine provides it where ``needs.source_head``.
+        """
+        source = self.resources.source_head
+        if source is None or source.in_features != self.head.in_features:
+            raise ValueError(
+                f"{self.name} needs resources.source_head, a Linear from {self.head.in_features} features to the "
+                f"classes of the pretrained weights; got {source}"
+            )
+        return copy.deepcopy(source)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         for frozen in self._frozen:
             frozen._apply(fn)  # follows .to(device), though it is no submodule
         return self
+
+    def recorded_modules(self) -> Sequence[str]:
+        """Modules inside the encoder whose outputs ``Forward.recorded`` must hold."""
+        return ()
 
     # ---------------------------------------------------------------- a run
 

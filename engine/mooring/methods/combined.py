@@ -114,6 +114,9 @@ class Combined(Method):
         )
         return owners[0] if owners else None
 
+    def recorded_modules(self) -> Sequence[str]:
+        return [name for part in self.members for name in part.recorded_modules()]
+
     def setup(self, context: SetupContext) -> None:
         for part in self.members:
             part.setup(context)

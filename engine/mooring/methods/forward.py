@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mooring.data.batch import Batch
+from mooring.models.stage_outputs import recorded_outputs
 
 if TYPE_CHECKING:
     from mooring.methods.base import Method
@@ -45,9 +47,19 @@ class Forward:
     @cached_property
     def _encoded(self) -> tuple[Tensor, Tensor | None]:
         encoder = self.method.encoder
-        if not self._wants_map:
-            return encoder(self.batch.images), None
-        return features_and_map(encoder, self.batch.images)
+        with recorded_outputs(encoder, self.method.recorded_modules()) as self._recorded:
+            if not self._wants_map:
+                return encoder(self.batch.images), None
+            return features_and_map(encoder, self.batch.images)
+
+    def recorded(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Outputs of the named modules of the encoder, from the same forward as ``features``.
+
+        Args:
+            names: modules inside the encoder that the method named as ``recorded_modules``.
+        """
+        self.features  # noqa: B018  the forward, if it has not run
+        return {name: self._recorded[name] for name in names}
 
     @cached_property
     def logits(self) -> Tensor:

@@ -9,13 +9,35 @@ from torch import nn
 from mooring.config.method_settings import CombinedSettings, Settings
 from mooring.errors import ConfigError
 from mooring.methods.base import Method, Needs, Resources
+from mooring.methods.bss import BSS
+from mooring.methods.co_tuning import CoTuning
 from mooring.methods.combined import Combined, check_combination, merged_needs, ordered
+from mooring.methods.delta import DELTA
 from mooring.methods.dr_tune import DRTune
+from mooring.methods.feature_distillation import FeatureDistillation
+from mooring.methods.feature_map import FeatureMap
 from mooring.methods.fine_tune import FineTune
+from mooring.methods.l2_sp import L2SP
 from mooring.methods.linear_probe import LinearProbe
 from mooring.methods.lp_ft import LPFT
+from mooring.methods.lwf import LwF
+from mooring.methods.stoch_norm import StochNorm
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (FineTune, LinearProbe, LPFT, DRTune)}
+_CLASSES: tuple[type[Method], ...] = (
+    FineTune,
+    LinearProbe,
+    LPFT,
+    DRTune,
+    L2SP,
+    FeatureMap,
+    DELTA,
+    BSS,
+    StochNorm,
+    LwF,
+    FeatureDistillation,
+    CoTuning,
+)
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _CLASSES}
 
 
 def method_class(name: str) -> type[Method]:

@@ -1,0 +1,55 @@
+"""Batch Spectral Shrinkage (Chen et al., NeurIPS 2019)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from mooring.config.baseline_settings import BSSSettings
+from mooring.methods.base import At, Method
+from mooring.methods.forward import Forward
+
+
+class BSS(Method):
+    """``L = CE + eta sum_{i<=k} sigma_{-i}(F)^2``, the k smallest singular values of the features F [B, D].
+
+    Source: spec section 4. The public code takes an SVD of F; here the squares are eigenvalues of the smaller
+    Gram matrix, whose gradient 2 u u^T F stays defined where singular values tie.
+    """
+
+    Config: ClassVar[type[BaseModel]] = BSSSettings
+    name: ClassVar[str] = "bss"
+    settings: BSSSettings
+
+    def additions(self, run: Forward, at: At) -> dict[str, Tensor]:
+        with torch.autocast(run.features.device.type, enabled=False):
+            smallest = smallest_squared_singular_values(
+                run.features.float(), run.valid, self.settings.singular_values
+            )
+        return {"bss": self.settings.shrinkage * smallest.sum()}
+
+
+def smallest_squared_singular_values(features: Tensor, valid: Tensor, count: int) -> Tensor:
+    """The smallest squared singular values of the valid rows of ``features``, ascending.
+
+    Args:
+        features: [B, D] fp32.
+        valid: [B] bool; rows that count.
+        count: how many; at most min(B, D) are returned.
+    """
+    rows = features * valid[:, None]
+    if rows.shape[0] > rows.shape[1]:
+        gram = rows.T @ rows
+    else:
+        gram = rows @ rows.T
+        # A row that does not count must not bring a singular value of zero: its own is moved out of the way.
+        bound = gram.detach().diagonal().sum() + 1
+        gram = gram + torch.diag_embed((~valid) * 2 * bound)
+    values = torch.linalg.eigvalsh(gram)
+    kept = values[: min(count, values.shape[0])]
+    # fewer valid rows than asked for: what was moved away is not a singular value
+    limit = features.detach().square().sum() + 1
+    return torch.where(kept.detach() > limit, 0.0, kept).clamp_min(0)
