@@ -84,7 +84,7 @@ class DELTA(FeatureMap):
     def _probe(self, batches: list[Batch], context: SetupContext) -> nn.Linear:
         """A linear classifier on the frozen features of these batches, fitted for ten epochs."""
         probe = nn.Linear(self.head.in_features, self.head.out_features, device=context.device)
-        nn.init.zeros_(probe.weight)  # no random number is drawn: the run's streams stay where they are
+        nn.init.zeros_(probe.weight)
         nn.init.zeros_(probe.bias)
         features = [self.frozen_encoder(batch.images).float().clone() for batch in batches]
         optimizer = torch.optim.SGD(probe.parameters(), lr=0.01, momentum=0.9)

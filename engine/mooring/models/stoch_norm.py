@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mooring.models.torchvision_shim import import_timm
 
@@ -49,7 +48,7 @@ class StochNorm2d(_Stochastic, nn.BatchNorm2d):
         return self.normalised(input)
 
 
-class StochNormAct2d(_Stochastic, timm.layers.BatchNormAct2d):
+class StochNormAct2d(_Stochastic, timm.layers.BatchNormAct2d):  # type: ignore[name-defined]
     """timm's BatchNorm with the dropout and activation that follow it."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,7 +60,7 @@ class StochNorm1d(_Stochastic, nn.BatchNorm1d):
         return self.normalised(input)
 
 
-_STOCHASTIC: dict[type[_BatchNorm], type[_BatchNorm]] = {
+_STOCHASTIC: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: StochNorm2d,
     nn.BatchNorm1d: StochNorm1d,
     timm.layers.BatchNormAct2d: StochNormAct2d,
@@ -81,7 +80,7 @@ def make_stochastic_(model: nn.Module, batch_probability: float, generator: torc
     """
     count = 0
     for layer in model.modules():
-        stochastic = _STOCHASTIC.get(type(layer))  # type: ignore[call-overload]
+        stochastic = _STOCHASTIC.get(type(layer))
         if stochastic is not None:
             layer.__class__ = stochastic
             layer.batch_probability, layer.generator = batch_probability, generator  # type: ignore[assignment]
