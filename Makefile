@@ -15,9 +15,10 @@ GPU_PYTHON ?= $(PYTHON)
 
 setup: $(VENV)/.built
 
-$(VENV)/.requirements: requirements.txt
+$(VENV)/.requirements: requirements.txt requirements-no-deps.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -r requirements.txt
+	$(PIP) install --quiet --no-deps -r requirements-no-deps.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.requirements $(SOURCES)

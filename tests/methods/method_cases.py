@@ -25,6 +25,7 @@ from mooring.config.method_settings import (
     LPFTSettings,
     Settings,
 )
+from mooring.config.tes_settings import TeSSettings
 from mooring.data.batch import Batch
 from mooring.methods.base import At, Method, Resources, SetupContext
 from mooring.methods.registry import build_method
@@ -45,6 +46,7 @@ SETTINGS: dict[str, Settings] = {
     "lwf": LwFSettings(),
     "feature_distillation": FeatureDistillationSettings(feature_pull=1e-3, regressor="linear"),
     "co_tuning": CoTuningSettings(),
+    "tes": TeSSettings(projection_width=32),
 }
 SOURCE_CLASSES = 6
 
@@ -97,6 +99,7 @@ def make_method(name: str, kind: str = "cnn", classes: int = 4, **changes: objec
     head = build_head(encoder.num_features, classes)
     resources = Resources(
         classes=tuple(f"class {i}" for i in range(classes)),
+        text_features=torch.randn(classes, 12, generator=torch.Generator().manual_seed(5)),
         source_head=build_head(encoder.num_features, SOURCE_CLASSES, std=0.1),
         image_size=32,
     )

@@ -127,6 +127,11 @@ def test_delta_weighs_channels_and_its_two_attentions_rank_channels_alike() -> N
     found = {}
     for attention in ("taylor", "knock_out"):
         method = make_method("delta", attention=attention)
+        for module in method.frozen_encoder.modules():
+            if isinstance(
+                module, nn.BatchNorm2d
+            ):  # an untrained residual branch ends in zeros: no channel matters
+                nn.init.ones_(module.weight)
         method.setup(context(batches))
         found[attention] = [getattr(method, f"attention_{j}") for j in range(len(method.stages))]
     for first, second in zip(*found.values(), strict=True):
@@ -174,3 +179,20 @@ def test_stoch_norm_draws_one_statistic_per_channel_and_always_moves() -> None:
         x, layer.running_mean, layer.running_var, layer.weight, layer.bias, False, 0.0, layer.eps
     )
     assert torch.equal(layer(x), plain)
+
+
+def test_l2_sp_pulls_to_the_start_of_the_run_and_the_head_to_zero() -> None:
+    method = make_method("l2_sp", backbone_pull=0.3, head_pull=0.7)
+    start = {name: p.detach().clone() for name, p in method.encoder.named_parameters()}
+    moved(method)
+    got = term(method, make_batch(4, 4), "l2_sp")
+    wanted = 0.15 * sum(
+        float((p.detach().double() - start[name].double()).square().sum())
+        for name, p in method.encoder.named_parameters()
+    ) + 0.35 * sum(float(p.detach().double().square().sum()) for p in method.head.parameters())
+    assert got.item() == pytest.approx(wanted, rel=1e-5)
+    method.setup(
+        context([make_batch(4, 4)])
+    )  # a set-up anchors where the run starts: after a conversion, say
+    head = 0.35 * sum(float(p.detach().double().square().sum()) for p in method.head.parameters())
+    assert term(method, make_batch(4, 4), "l2_sp").item() == pytest.approx(head, rel=1e-5)

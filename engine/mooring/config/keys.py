@@ -84,6 +84,8 @@ def _range(metadata: list[Any]) -> str:
 def _items(annotation: Any) -> str:
     items = get_args(annotation)
     first = items[0]
+    if first is str:
+        return "a list of texts"
     limits: list[Any] = []
     if get_origin(first) is Annotated:
         for note in get_args(first)[1:]:

@@ -17,6 +17,7 @@ from mooring.config.baseline_settings import (
     StochNormSettings,
 )
 from mooring.config.settings import Settings
+from mooring.config.tes_settings import TeSSettings
 
 
 class FineTuneSettings(Settings):
@@ -105,7 +106,8 @@ SingleMethod = Annotated[
     | StochNormSettings
     | LwFSettings
     | FeatureDistillationSettings
-    | CoTuningSettings,
+    | CoTuningSettings
+    | TeSSettings,
     Field(discriminator="name"),
 ]
 

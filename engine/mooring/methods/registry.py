@@ -22,6 +22,7 @@ from mooring.methods.linear_probe import LinearProbe
 from mooring.methods.lp_ft import LPFT
 from mooring.methods.lwf import LwF
 from mooring.methods.stoch_norm import StochNorm
+from mooring.methods.tes import TeS
 
 _CLASSES: tuple[type[Method], ...] = (
     FineTune,
@@ -36,6 +37,7 @@ _CLASSES: tuple[type[Method], ...] = (
     LwF,
     FeatureDistillation,
     CoTuning,
+    TeS,
 )
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _CLASSES}
 

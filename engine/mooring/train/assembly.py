@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
+from mooring.config.method_settings import CombinedSettings
 from mooring.config.schema import RunConfig
+from mooring.config.settings import Settings
+from mooring.config.tes_settings import TeSSettings
 from mooring.data.augment import ModelInput, evaluation, mild, preset
 from mooring.data.cache import open_manifest
+from mooring.data.class_names import readable_names
 from mooring.data.manifest import Manifest
 from mooring.data.source import EpochSource
 from mooring.data.sources import make_source
+from mooring.data.text_features import class_text_features, too_alike
 from mooring.errors import ConfigError
 from mooring.methods.base import Method, Needs, Resources
 from mooring.methods.registry import build_method, needs_of
@@ -32,6 +39,8 @@ from mooring.train.optimizers import build_optimizer, default_lr
 from mooring.train.precision import choose_device, choose_precision
 from mooring.train.results import RunPlan
 from mooring.train.schedules import Schedule
+
+_log = logging.getLogger(__name__)
 
 # The warm-up pass must not replay the batches of the run's first epoch: another order, other augmentations.
 _WARM_UP_SEED = 0x5EED
@@ -198,14 +207,28 @@ def _resources(config: RunConfig, needs: Needs, manifest: Manifest, encoder: Enc
     Raises:
         MooringError: it is not to be had; says how to get it.
     """
-    source_head = None
+    source_head = text_features = None
+    if needs.text_features:
+        text_features = _text_features(config.method, manifest.classes)
     if needs.source_head:
         source_head = pretrained_head(config.model.name, encoder.feature_dim, weights=config.model.weights)
     return Resources(
         classes=manifest.classes,
+        text_features=text_features,
         source_head=source_head,
         image_size=config.train.image_size or int(encoder.data_config["input_size"][-1]),
     )
+
+
+def _text_features(method: Settings, classes: Sequence[str]) -> Tensor:
+    """Vectors of the class names, from the text encoder that the method's settings name."""
+    parts = method.parts if isinstance(method, CombinedSettings) else (method,)
+    settings = next(part for part in parts if isinstance(part, TeSSettings))
+    names = readable_names(classes, settings.class_names)
+    features = class_text_features(settings.text, classes, names, settings.templates, cache_folder() / "text")
+    for first, second in too_alike(features, names):
+        _log.warning("the text cannot tell %r from %r: their vectors are equal", first, second)
+    return features
 
 
 def open_data(
