@@ -1,7 +1,8 @@
 """The short way to an op outside torch.compile: its functions, without the dispatcher of torch.library.
 
-A call through torch.library.custom_op with its backward costs some 150 microseconds of Python: more than the work
-at a few hundred classes. A torch.autograd.Function over the same functions costs a fraction of it.
+At a few hundred classes the Python of torch.library.custom_op, forward and backward, costs more than the work. A
+torch.autograd.Function over the same functions took 80 to 140 microseconds less per training call (two small losses,
+one CPU thread).
 """
 
 from __future__ import annotations
