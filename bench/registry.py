@@ -5,6 +5,7 @@ from __future__ import annotations
 from bench.operation import Operation
 from bench.operations import (
     bank_cross_entropy,
+    batchnorm_statistics,
     calibrate,
     channel_attention,
     class_statistics,
@@ -33,6 +34,7 @@ _DECLARED = (
     channel_attention,
     ema,
     l2_sp,
+    batchnorm_statistics,
 )
 
 OPERATIONS: dict[str, Operation] = {

@@ -47,6 +47,7 @@ T* pointer(const char* name, Address address, int64_t elements) {
 // One function per file of bindings; module.cpp calls them all.
 void bind_bank(py::module_& m);
 void bind_concept(py::module_& m);
+void bind_batchnorm(py::module_& m);
 void bind_losses(py::module_& m);
 void bind_row_losses(py::module_& m);
 void bind_parameters(py::module_& m);

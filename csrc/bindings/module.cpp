@@ -26,6 +26,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("set_cpu_capability", &mooring::set_capability, pybind11::arg("name"));
     mooring::bindings::bind_bank(m);
     mooring::bindings::bind_concept(m);
+    mooring::bindings::bind_batchnorm(m);
     mooring::bindings::bind_losses(m);
     mooring::bindings::bind_row_losses(m);
     mooring::bindings::bind_parameters(m);

@@ -23,6 +23,31 @@ def row_normalise_backward(
     threads: int,
     /,
 ) -> None: ...
+def batchnorm_statistics_planes(
+    x: int,
+    dtype: int,
+    layer: tuple[int, int, int, int, float],
+    y: int,
+    mean: int,
+    var: int,
+    B: int,
+    C: int,
+    P: int,
+    threads: int,
+    /,
+) -> None: ...
+def batchnorm_statistics_rows(
+    x: int,
+    dtype: int,
+    layer: tuple[int, int, int, int, float],
+    y: int,
+    mean: int,
+    var: int,
+    R: int,
+    C: int,
+    threads: int,
+    /,
+) -> None: ...
 def ring_push(
     fields: list[tuple[int, int, int, int, int]],
     bank_labels: int,

@@ -8,10 +8,12 @@ torch operations, float64-capable) where neither applies.
 import torch  # noqa: F401
 
 from mooring_kernels.bank_cross_entropy.op import bank_cross_entropy
+from mooring_kernels.batchnorm_statistics.op import batchnorm_statistics
 from mooring_kernels.calibrate.op import calibrate
 from mooring_kernels.channel_attention.op import channel_attention
 from mooring_kernels.class_statistics.op import class_statistics
 from mooring_kernels.concept_boxes.op import concept_boxes
+from mooring_kernels.convert_batchnorm.op import convert_batchnorm_
 from mooring_kernels.dr_tune_loss.op import dr_tune_loss
 from mooring_kernels.ema.op import ema_
 from mooring_kernels.l2_sp.op import l2_sp
@@ -26,10 +28,12 @@ from mooring_kernels.two_head_cross_entropy.op import two_head_cross_entropy
 __all__ = [
     "Impl",
     "bank_cross_entropy",
+    "batchnorm_statistics",
     "calibrate",
     "channel_attention",
     "class_statistics",
     "concept_boxes",
+    "convert_batchnorm_",
     "cpu_capability",
     "dr_tune_loss",
     "ema_",

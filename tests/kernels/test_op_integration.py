@@ -16,10 +16,12 @@ from torch import Tensor
 import mooring_kernels
 from mooring_kernels import (
     bank_cross_entropy,
+    batchnorm_statistics,
     calibrate,
     channel_attention,
     class_statistics,
     concept_boxes,
+    convert_batchnorm_,
     cpu_capability,
     dr_tune_loss,
     ema_,
@@ -31,9 +33,11 @@ from mooring_kernels import (
     two_head_cross_entropy,
 )
 from mooring_kernels.bank_cross_entropy import op as bank_cross_entropy_op
+from mooring_kernels.batchnorm_statistics import op as batchnorm_statistics_op
 from mooring_kernels.calibrate import op as calibrate_op
 from mooring_kernels.class_statistics import op as class_statistics_op
 from mooring_kernels.concept_boxes import op as concept_boxes_op
+from mooring_kernels.convert_batchnorm import op as convert_batchnorm_op
 from mooring_kernels.dr_tune_loss import op as dr_tune_loss_op
 from mooring_kernels.ema import op as ema_op
 from mooring_kernels.l2_sp import op as l2_sp_op
@@ -47,6 +51,12 @@ _C = pytest.importorskip("mooring_kernels._C")
 
 FROZEN, TUNED, LABELS, HEAD = draw_bank(9, 6, 4, torch.Generator().manual_seed(3))
 MAP, MAP_HEAD = torch.randn(2, 8, 2, 2), torch.randn(4, 8)
+# running mean, running variance, weight, bias of 6 channels; the order that convert_batchnorm_ takes
+LAYER = (HEAD[0], HEAD[1].square() + 0.5, HEAD[2], HEAD[3])
+LAYER_TENSORS = (LAYER[2], LAYER[3], LAYER[0], LAYER[1])
+IMAGES = torch.randn(2, 6, 3, 4, generator=torch.Generator().manual_seed(4)).to(
+    memory_format=torch.channels_last
+)
 FEATURES, BIAS, ROTATION = FROZEN[:5] * 2, HEAD[:, 0] * 3, torch.eye(6)
 
 
@@ -84,6 +94,13 @@ def opcheck_cases() -> list[Any]:
         (procrustes_rotation_op._forward, (FROZEN, TUNED, LABELS, 1e-3, "newton", True, False)),
         (procrustes_rotation_op._forward, (FROZEN, TUNED, LABELS, 1e-3, "polar", True, False)),
         (procrustes_rotation_op._forward, (FROZEN, TUNED, LABELS, 0.0, "svd", True, True)),
+        (batchnorm_statistics_op._forward, (FEATURES, *LAYER, 1e-5, "native")),
+        (batchnorm_statistics_op._forward, (IMAGES, *LAYER[:2], None, None, 1e-5, "native")),
+        (batchnorm_statistics_op._forward, (IMAGES[:, :, 1:], *LAYER, 1e-5, "native")),
+        (
+            convert_batchnorm_op._convert,
+            (*([t.clone()] for t in (*LAYER_TENSORS, *LAYER[:2])), [1e-5], 3.0),
+        ),
         (bank_cross_entropy_op._forward, (*head_rows, True, [True, True, True], "native")),
         (
             dr_tune_loss_op._forward,
@@ -151,12 +168,25 @@ def averaged(x: Tensor) -> Tensor:
     return torch.cat(targets)
 
 
+@torch.no_grad()
+def statistics(x: Tensor) -> Tensor:
+    return torch.cat([t.flatten() for t in batchnorm_statistics(x, *LAYER, impl="native")])
+
+
+def convert(x: Tensor) -> Tensor:
+    own = [[t.clone()] for t in LAYER_TENSORS]
+    (ratio,) = convert_batchnorm_(*own, [x[0]], [x[1].square()], [1e-5])
+    return torch.cat([ratio, *(t for (t,) in own)])
+
+
 PROGRAMS: dict[str, Callable[[Tensor], Tensor]] = {
     "row_normalise": lambda x: torch.cat([t.flatten() for t in row_normalise(x)]),
     "ring_push_": push,
     "class_statistics": lambda x: torch.cat(
         [t.flatten() for t in class_statistics(x, TUNED[:5], LABELS[:5], HEAD)]
     ),
+    "batchnorm_statistics": statistics,
+    "convert_batchnorm_": convert,
     "calibrate": lambda x: calibrate(x, TUNED[:5], LABELS[:5], HEAD, ROTATION, x.detach().norm(dim=1).mean()),
     "procrustes_rotation": lambda x: procrustes_rotation(x, TUNED[:5], LABELS[:5]),
     "dr_tune_loss": lambda x: dr_tune_loss(
@@ -266,6 +296,17 @@ def wrong_calls() -> list[Any]:
             ValueError,
             r"scale must be \[\]; got \[1\]",
         ),
+        (
+            lambda: batchnorm_statistics(FEATURES, LAYER[0][:2], *LAYER[1:]),
+            ValueError,
+            r"running_mean must be \[6\]; got \[2\]",
+        ),
+        (
+            lambda: batchnorm_statistics(FEATURES[:0], *LAYER),
+            ValueError,
+            "the number of values per channel must be at least 1; got 0",
+        ),
+        (lambda: batchnorm_statistics(FEATURES, *LAYER, eps=0.0), ValueError, "eps must be > 0; got 0.0"),
         (
             lambda: bank_cross_entropy(FEATURES, LABELS[:5], FROZEN[:, :4], LABELS, HEAD, None),
             ValueError,

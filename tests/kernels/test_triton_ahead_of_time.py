@@ -78,12 +78,14 @@ def test_nothing_spills_and_everything_fits(compiled: list[dict[str, Any]]) -> N
 
 
 def test_aligned_rows_are_read_and_written_16_bytes_at_a_time(compiled: list[dict[str, Any]]) -> None:
-    """Widths 768 and 2048, and 200 or 1000 logits per row, are multiples of 16 bytes in fp32 and in bf16."""
+    """Widths 768 and 2048, 200 or 1000 logits and 3136 or 12544 positions are multiples of 16 bytes."""
     kernels = set()
     for row in compiled:
         kernel, _, case = row["name"].rstrip("]").partition("[")
-        if not any(size in case for size in ("D2048", "D768", "C200-", "C1000-")):
+        if not any(size in case for size in ("D2048", "D768", "C200-", "C1000-", "P3136-", "P12544-")):
             continue
+        if kernel.endswith("combine_kernel"):
+            continue  # reads partial sums, a few channels at a time
         kernels.add(kernel)
         assert row["widest_load_bits"] == 128, row
         # These write one value per row or per column only; every other kernel writes whole rows.

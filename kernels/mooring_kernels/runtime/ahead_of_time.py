@@ -33,6 +33,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from mooring_kernels.bank_cross_entropy import gpu_cases as bank_cross_entropy
+from mooring_kernels.batchnorm_statistics import gpu_cases as batchnorm_statistics
 from mooring_kernels.calibrate import gpu_cases as calibrate
 from mooring_kernels.class_statistics import gpu_cases as class_statistics
 from mooring_kernels.concept_boxes import gpu_cases as concept_boxes
@@ -44,6 +45,7 @@ from mooring_kernels.two_head_cross_entropy import gpu_cases as two_head_cross_e
 # Every op with Triton kernels: `cases()` of its gpu_cases.py calls each launcher at the shapes that are used.
 _OPS = (
     bank_cross_entropy,
+    batchnorm_statistics,
     calibrate,
     class_statistics,
     concept_boxes,
