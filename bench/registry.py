@@ -13,6 +13,7 @@ from bench.operations import (
     dr_tune_block,
     ema,
     l2_sp,
+    patch_match_info_nce,
     procrustes_rotation,
     ring_push,
     row_normalise,
@@ -35,6 +36,7 @@ _DECLARED = (
     ema,
     l2_sp,
     batchnorm_statistics,
+    patch_match_info_nce,
 )
 
 OPERATIONS: dict[str, Operation] = {

@@ -1,9 +1,19 @@
-"""What the public code of Concept-Tuning computes, in our words: the facts only."""
+"""What the public code of Concept-Tuning computes, in our words: the facts only.
+
+Its concept-level contrast keeps the structure that decides its cost: a Python loop visits every image, each call
+repeats the query and gathers the queue rows of its classes, the rounds stop when the mean change over all
+problems of the call falls under a tolerance (a device sync each round), and autograd records the transport, whose
+gradient nobody uses. A plan so depends on its neighbours in the call: not the op's function, by the choice of pairs.
+"""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+MOST_ROUNDS, TOLERANCE = 200, 1e-3
 
 
 def boxes(
@@ -38,3 +48,76 @@ def ema(targets: list[Tensor], sources: list[Tensor], momentum: float) -> None:
     """Parameter by parameter, with a new tensor for each."""
     for target, source in zip(targets, sources, strict=True):
         target.copy_(target * momentum + source * (1 - momentum))
+
+
+def transport(cost: Tensor, epsilon: float) -> Tensor:
+    """Entropic plans with uniform marginals, stopped early.
+
+    Args:
+        cost: [N, P, P]. epsilon: entropy.
+
+    Returns:
+        [N, P, P].
+    """
+    log_mass = math.log(1 / cost.shape[1] + 1e-8)
+    u, v = torch.zeros_like(cost[:, :, 0]), torch.zeros_like(cost[:, 0])
+
+    def scores() -> Tensor:
+        return (-cost + u[:, :, None] + v[:, None]) / epsilon
+
+    for _ in range(MOST_ROUNDS):
+        before = u
+        u = epsilon * (log_mass - torch.logsumexp(scores(), dim=2)) + u
+        v = epsilon * (log_mass - torch.logsumexp(scores(), dim=1)) + v
+        if (u - before).abs().sum(1).mean().item() < TOLERANCE:
+            break
+    return scores().exp()
+
+
+def best_cosines(query: Tensor, keys: Tensor, count: int, epsilon: float) -> Tensor:
+    """Cosines of the ``count`` largest entries of the plans between one image and N key sets.
+
+    Args:
+        query: [P, D]. keys: [N, P, D].
+
+    Returns:
+        [N, count].
+    """
+    cosine = query.repeat(keys.shape[0], 1, 1) @ keys.transpose(1, 2)
+    plan = transport(1 - cosine, epsilon)
+    return cosine.flatten(1).gather(1, plan.flatten(1).topk(count, dim=1).indices)
+
+
+def patch_match_loss(
+    query: Tensor,
+    own_key: Tensor,
+    labels: Tensor,
+    queue: Tensor,
+    negative_classes: Tensor,
+    positive_pick: Tensor,
+    temperature: float,
+    epsilon: float = 0.01,
+    negatives_per_set: int = 10,
+) -> Tensor:
+    """Concept-level loss; every slot of the queue must be filled and every listed class be another one.
+
+    Args:
+        query, own_key: [B, P, D]. labels: [B]. queue: [C, K, P, D]. negative_classes: [B, M].
+        positive_pick: [B, 1 + K].
+
+    Returns:
+        0-d loss.
+    """
+    rows = []
+    for i in range(query.shape[0]):
+        positive_sets = torch.cat([own_key[i : i + 1], queue[labels[i]]])
+        negative_sets = queue[negative_classes[i]].flatten(0, 1)
+        three = best_cosines(query[i], positive_sets, 3, epsilon)
+        positives = three.gather(1, positive_pick[i][:, None])[:, 0]
+        negatives = best_cosines(query[i], negative_sets, negatives_per_set, epsilon).flatten()
+        rows.append(torch.cat([positives, negatives]) / temperature)
+    logits = torch.stack(rows)
+    count = positive_pick.shape[1]
+    target = torch.zeros_like(logits)
+    target[:, :count] = 1 / count
+    return torch.nn.functional.kl_div(logits.log_softmax(1), target, reduction="batchmean")

@@ -51,5 +51,6 @@ void bind_batchnorm(py::module_& m);
 void bind_losses(py::module_& m);
 void bind_row_losses(py::module_& m);
 void bind_parameters(py::module_& m);
+void bind_patch_match(py::module_& m);
 
 }  // namespace mooring::bindings

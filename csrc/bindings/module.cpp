@@ -30,4 +30,5 @@ PYBIND11_MODULE(_C, m) {
     mooring::bindings::bind_losses(m);
     mooring::bindings::bind_row_losses(m);
     mooring::bindings::bind_parameters(m);
+    mooring::bindings::bind_patch_match(m);
 }

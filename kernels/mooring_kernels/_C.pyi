@@ -199,3 +199,27 @@ def l2_sp_backward(
     parameters: list[tuple[int, int, int, int, int]], grads: list[int], scale: float, threads: int, /
 ) -> None: ...
 def lerp_from_bf16(followed: list[tuple[int, int, int]], weight: float, threads: int, /) -> None: ...
+def patch_match_info_nce(
+    query: int,
+    own_key: int,
+    labels: int,
+    queue: int,
+    queue_dtype: int,
+    queue_valid: int,
+    negative_classes: int,
+    positive_pick: int,
+    temperature: float,
+    negatives_per_set: int,
+    epsilon: float,
+    rounds: int,
+    loss: int,
+    grad: int,
+    B: int,
+    C: int,
+    K: int,
+    P: int,
+    D: int,
+    M: int,
+    threads: int,
+    /,
+) -> None: ...

@@ -17,6 +17,7 @@ from mooring_kernels.convert_batchnorm.op import convert_batchnorm_
 from mooring_kernels.dr_tune_loss.op import dr_tune_loss
 from mooring_kernels.ema.op import ema_
 from mooring_kernels.l2_sp.op import l2_sp
+from mooring_kernels.patch_match_info_nce.op import patch_match_info_nce
 from mooring_kernels.procrustes_rotation.op import procrustes_rotation
 from mooring_kernels.ring_push.op import ring_push_
 from mooring_kernels.row_normalise.op import row_normalise
@@ -38,6 +39,7 @@ __all__ = [
     "dr_tune_loss",
     "ema_",
     "l2_sp",
+    "patch_match_info_nce",
     "procrustes_rotation",
     "ring_push_",
     "row_normalise",

@@ -26,6 +26,7 @@ from mooring_kernels import (
     dr_tune_loss,
     ema_,
     l2_sp,
+    patch_match_info_nce,
     procrustes_rotation,
     ring_push_,
     row_normalise,
@@ -41,6 +42,7 @@ from mooring_kernels.convert_batchnorm import op as convert_batchnorm_op
 from mooring_kernels.dr_tune_loss import op as dr_tune_loss_op
 from mooring_kernels.ema import op as ema_op
 from mooring_kernels.l2_sp import op as l2_sp_op
+from mooring_kernels.patch_match_info_nce import op as patch_match_info_nce_op
 from mooring_kernels.procrustes_rotation import op as procrustes_rotation_op
 from mooring_kernels.ring_push import op as ring_push_op
 from mooring_kernels.row_normalise import op as row_normalise_op
@@ -58,6 +60,16 @@ IMAGES = torch.randn(2, 6, 3, 4, generator=torch.Generator().manual_seed(4)).to(
     memory_format=torch.channels_last
 )
 FEATURES, BIAS, ROTATION = FROZEN[:5] * 2, HEAD[:, 0] * 3, torch.eye(6)
+
+# own keys, labels, queue, valid slots, negative classes and picks of five images of two patches
+CONCEPTS = (
+    TUNED[:5].reshape(5, 2, 3),
+    LABELS[:5],
+    torch.cat([FROZEN[:8], TUNED[:8]]).reshape(4, 4, 2, 3),
+    torch.ones(4, 4, dtype=torch.bool),
+    torch.tensor([[0, 1, 2, 3]] * 5),
+    torch.ones(5, 5, dtype=torch.int64),
+)
 
 
 def fresh() -> dict[str, Tensor]:
@@ -145,6 +157,10 @@ def opcheck_cases() -> list[Any]:
         (l2_sp_op._forward, ([leaf["features"], leaf["bias"]], [FEATURES + 1], [True, False], 0.1, "native")),
         (l2_sp_op._forward, ([leaf["weight"]], [], [False], 0.1, "triton")),
         (l2_sp_op._backward, ([FEATURES, BIAS], [FEATURES + 1], [True, False], torch.ones(()), "native")),
+        (
+            patch_match_info_nce_op._forward,
+            (leaf["features"].reshape(5, 2, 3), *CONCEPTS, 0.1, 4, 0.05, 5, True, "native"),
+        ),
     ]
     return [
         pytest.param(op, arguments, id=f"{op._name}-{index}") for index, (op, arguments) in enumerate(cases)
@@ -213,6 +229,7 @@ PROGRAMS: dict[str, Callable[[Tensor], Tensor]] = {
     "two_head_cross_entropy": lambda x: sum(
         two_head_cross_entropy(x, LABELS[:5], 3 * x[:, :4], LABELS[:5], x.detach()[0, 0])[:2]
     ),
+    "patch_match_info_nce": lambda x: patch_match_info_nce(x.view(5, 2, 3), *CONCEPTS, 0.1),
 }
 
 
@@ -356,6 +373,28 @@ def wrong_calls() -> list[Any]:
             lambda: two_head_cross_entropy(FEATURES, LABELS[:5], HEAD[:, :0], LABELS[:4], 0.5),
             ValueError,
             "C_S must be at least 1; got 0",
+        ),
+        (
+            lambda: patch_match_info_nce(
+                FEATURES.view(5, 2, 3), *CONCEPTS[:3], CONCEPTS[3].int(), *CONCEPTS[4:], 1.0
+            ),
+            TypeError,
+            r"queue_valid must be \[4, 4\] bool; got \[4, 4\] int32",
+        ),
+        (
+            lambda: patch_match_info_nce(FEATURES.view(5, 2, 3), *CONCEPTS[:5], CONCEPTS[5][:, 1:], 1.0),
+            ValueError,
+            r"positive_pick must be \[5, 5\] int64; got \[5, 4\] int64",
+        ),
+        (
+            lambda: patch_match_info_nce(FEATURES.view(5, 2, 3), *CONCEPTS, 0.0),
+            ValueError,
+            "temperature must be finite and > 0; got 0.0",
+        ),
+        (
+            lambda: patch_match_info_nce(FEATURES.view(5, 2, 3), *CONCEPTS, 1.0, rounds=0),
+            ValueError,
+            "rounds must be at least 1; got 0",
         ),
         (
             lambda: ring_push_([FROZEN], LABELS, [FEATURES], LABELS[:5], 9),
