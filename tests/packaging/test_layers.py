@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": _GROUND | {"config", "data", "models", "state", "report", "methods"},
     "cli": _GROUND | {"config", "data", "models", "state", "report", "methods", "train", "launch"},
 }
-MAY_USE_KERNELS = {"methods", "train", "cli", "report"}
+MAY_USE_KERNELS = {"methods", "models", "train", "cli", "report"}
 # Parts that a user may not have: imported inside functions only, so that `import mooring` works without.
 OPTIONAL = {"nvidia", "deepspeed", "triton", "transformers", "apex"}
 

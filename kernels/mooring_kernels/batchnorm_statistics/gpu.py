@@ -5,7 +5,7 @@ result on every run, nothing read back to the host.
 """
 
 # Triton's types know neither the launch options (num_warps) nor the element type of a pointer.
-# pyright: reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -165,8 +165,8 @@ def _row_tile(rows: int, channels: int) -> tuple[int, int, int]:
     """(BLOCK_R, BLOCK_C, rows per part): about ``_PROGRAMS`` parts times column blocks, none shorter than a tile."""
     block_c = max(min(next_power_of_two(channels), _WIDEST_ROW_BLOCK), 16)
     block_r = max(_TILE // block_c, 1)
-    parts = max(_PROGRAMS // triton.cdiv(channels, block_c), 1)
-    return block_r, block_c, triton.cdiv(triton.cdiv(rows, parts), block_r) * block_r
+    parts = max(_PROGRAMS // -(-channels // block_c), 1)
+    return block_r, block_c, -(-rows // (parts * block_r)) * block_r
 
 
 def batchnorm_statistics_fwd(
@@ -199,12 +199,9 @@ def batchnorm_statistics_fwd(
         None if bias is None else bias.contiguous(),
     )
     by_rows = channels_innermost(x)
-    if by_rows:
-        rows = batch * positions
-        block_r, block_c, rows_per_part = _row_tile(rows, channels)
-        parts = triton.cdiv(rows, rows_per_part)
-    else:
-        parts = batch
+    rows = batch * positions
+    rows_in_tile, block_c, rows_per_part = _row_tile(rows, channels)
+    parts = -(-rows // rows_per_part) if by_rows else batch
     s1 = torch.empty((parts, channels), dtype=torch.float32, device=x.device)
     s2 = torch.empty_like(s1)
     mean = torch.empty(channels, dtype=torch.float32, device=x.device)
@@ -221,9 +218,9 @@ def batchnorm_statistics_fwd(
                 rows_per_part,
                 float(eps),
                 C=channels,
-                BLOCK_R=block_r,
+                BLOCK_R=rows_in_tile,
                 BLOCK_C=block_c,
-                num_warps=warps_for(block_r * block_c),
+                num_warps=warps_for(rows_in_tile * block_c),
             )
         else:
             planes = batch * channels
