@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MOST_ROUNDS, TOLERANCE = 200, 1e-3
@@ -121,3 +122,28 @@ def patch_match_loss(
     target = torch.zeros_like(logits)
     target[:, :count] = 1 / count
     return torch.nn.functional.kl_div(logits.log_softmax(1), target, reduction="batchmean")
+
+
+def image_loss(
+    query: Tensor, own_key: Tensor, labels: Tensor, queue: Tensor, queue_labels: Tensor, temperature: float
+) -> Tensor:
+    """The image-level loss: sample after sample, with the queue of all other classes copied for each.
+
+    The queue must be full, every label a class, and the rows of class c the c-th run of the queue.
+
+    Args:
+        query: [B, D]. own_key: [B, D]. labels: [B]. queue: [C K, D]. queue_labels: [C K]. temperature: T.
+
+    Returns:
+        0-d loss, ``KL(target || softmax)`` averaged over the batch.
+    """
+    per_class = int((queue_labels == queue_labels[0]).sum())
+    classes = queue.view(-1, per_class, queue.shape[1]).to(query.dtype)  # [C, K, D]
+    logits = []
+    for row, key, label in zip(query, own_key, labels.tolist(), strict=True):
+        others = torch.cat([classes[:label], classes[label + 1 :]]).flatten(0, 1)  # [(C - 1) K, D]
+        logits.append(torch.cat([(row * key).sum()[None], classes[label] @ row, others @ row]))
+    scores = torch.stack(logits) / temperature  # [B, 1 + C K]
+    target = torch.zeros_like(scores)
+    target[:, : 1 + per_class] = 1 / (1 + per_class)
+    return F.kl_div(F.log_softmax(scores, dim=1), target, reduction="batchmean")

@@ -49,6 +49,7 @@ void bind_bank(py::module_& m);
 void bind_concept(py::module_& m);
 void bind_batchnorm(py::module_& m);
 void bind_losses(py::module_& m);
+void bind_queue(py::module_& m);
 void bind_row_losses(py::module_& m);
 void bind_parameters(py::module_& m);
 void bind_patch_match(py::module_& m);

@@ -28,6 +28,7 @@ PYBIND11_MODULE(_C, m) {
     mooring::bindings::bind_concept(m);
     mooring::bindings::bind_batchnorm(m);
     mooring::bindings::bind_losses(m);
+    mooring::bindings::bind_queue(m);
     mooring::bindings::bind_row_losses(m);
     mooring::bindings::bind_parameters(m);
     mooring::bindings::bind_patch_match(m);

@@ -223,3 +223,14 @@ def patch_match_info_nce(
     threads: int,
     /,
 ) -> None: ...
+def queue_info_nce_workspace(B: int, N: int, D: int, grad_query: bool, threads: int, /) -> int: ...
+def queue_info_nce(
+    queries: tuple[int, int, int],
+    queue: tuple[int, int, int],
+    shape: tuple[int, int, int],
+    inverse_temperature: float,
+    results: tuple[int, int, int, int],
+    workspace: int,
+    threads: int,
+    /,
+) -> None: ...

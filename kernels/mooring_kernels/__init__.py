@@ -19,6 +19,7 @@ from mooring_kernels.ema.op import ema_
 from mooring_kernels.l2_sp.op import l2_sp
 from mooring_kernels.patch_match_info_nce.op import patch_match_info_nce
 from mooring_kernels.procrustes_rotation.op import procrustes_rotation
+from mooring_kernels.queue_info_nce.op import queue_info_nce
 from mooring_kernels.ring_push.op import ring_push_
 from mooring_kernels.row_normalise.op import row_normalise
 from mooring_kernels.runtime.dispatch import Impl
@@ -41,6 +42,7 @@ __all__ = [
     "l2_sp",
     "patch_match_info_nce",
     "procrustes_rotation",
+    "queue_info_nce",
     "ring_push_",
     "row_normalise",
     "text_supervised_loss",

@@ -28,6 +28,7 @@ from mooring_kernels import (
     l2_sp,
     patch_match_info_nce,
     procrustes_rotation,
+    queue_info_nce,
     ring_push_,
     row_normalise,
     text_supervised_loss,
@@ -44,6 +45,7 @@ from mooring_kernels.ema import op as ema_op
 from mooring_kernels.l2_sp import op as l2_sp_op
 from mooring_kernels.patch_match_info_nce import op as patch_match_info_nce_op
 from mooring_kernels.procrustes_rotation import op as procrustes_rotation_op
+from mooring_kernels.queue_info_nce import op as queue_info_nce_op
 from mooring_kernels.ring_push import op as ring_push_op
 from mooring_kernels.row_normalise import op as row_normalise_op
 from mooring_kernels.text_supervised_loss import op as text_supervised_loss_op
@@ -119,6 +121,17 @@ def opcheck_cases() -> list[Any]:
             (*block, ROTATION, torch.ones(()), 1.0, 0.1, True, [True, True, True], "native"),
         ),
         (bank_cross_entropy_op._forward, (*weight_alone, False, [False, True, False], "native")),
+        (
+            queue_info_nce_op._forward,
+            (
+                *(leaf["features"], leaf["features"].detach()[:, :] / 2, LABELS[:5], FROZEN, LABELS),
+                *(0.1, [True, False], "native"),
+            ),
+        ),
+        (
+            queue_info_nce_op._forward,
+            (FEATURES, leaf["features"], LABELS[:5], FROZEN, LABELS, 0.1, [False, True], "native"),
+        ),
         (
             text_supervised_loss_op._forward,
             (leaf["features"], leaf["weight"].new_ones(5, 6), LABELS[:5], 0.03, 0.1, 0.3, "native"),
@@ -225,6 +238,7 @@ PROGRAMS: dict[str, Callable[[Tensor], Tensor]] = {
     "ema_": averaged,
     "l2_sp": lambda x: l2_sp([x, x[0]], [FEATURES, None], 0.3),
     "bank_cross_entropy": lambda x: bank_cross_entropy(x, LABELS[:5], FROZEN, LABELS, HEAD, BIAS),
+    "queue_info_nce": lambda x: queue_info_nce(x, x / 2, LABELS[:5], FROZEN, LABELS, 0.1),
     "text_supervised_loss": lambda x: text_supervised_loss(x, x / 4, LABELS[:5], 0.03, 0.1, 0.3),
     "two_head_cross_entropy": lambda x: sum(
         two_head_cross_entropy(x, LABELS[:5], 3 * x[:, :4], LABELS[:5], x.detach()[0, 0])[:2]
@@ -338,6 +352,21 @@ def wrong_calls() -> list[Any]:
             lambda: bank_cross_entropy(FEATURES, LABELS[:5], FROZEN, LABELS, HEAD, BIAS[:2]),
             ValueError,
             r"bias must be \[4\]; got \[2\]",
+        ),
+        (
+            lambda: queue_info_nce(FEATURES, FEATURES[:3], LABELS[:5], FROZEN, LABELS, 0.1),
+            ValueError,
+            r"own_key must be \[5, 6\]; got \[3, 6\]",
+        ),
+        (
+            lambda: queue_info_nce(FEATURES, None, LABELS[:5], FROZEN, LABELS[:8], 0.1),
+            ValueError,
+            r"queue_labels must be \[9\] int64",
+        ),
+        (
+            lambda: queue_info_nce(FEATURES, None, LABELS[:5], FROZEN, LABELS, 0.0),
+            ValueError,
+            "temperature must be finite and > 0; got 0.0",
         ),
         (
             lambda: text_supervised_loss(FEATURES, FROZEN, LABELS[:5], 0.03, 0.1, 0.3),
@@ -533,6 +562,7 @@ def test_all_capabilities_of_this_cpu_agree() -> None:
                 [
                     bank_cross_entropy(FEATURES, LABELS[:5], FROZEN, LABELS, 50 * HEAD, BIAS, impl="native"),
                     text_supervised_loss(FEATURES, FEATURES, LABELS[:5], 0.3, 0.1, 0.3, impl="native"),
+                    queue_info_nce(FEATURES, None, LABELS[:5], FROZEN, LABELS, 0.1, impl="native"),
                 ]
             )
     finally:
