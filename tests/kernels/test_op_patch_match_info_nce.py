@@ -26,7 +26,7 @@ SHAPES: list[tuple[tuple[int, int, int, int, int, int], float, dict[str, float]]
     ((2, 2, 2, 11, 24, 1), 1.0, {"negatives_per_set": 4, "temperature": 0.5}),
 ]
 
-RUNNABLE = ["reference", "native"]
+RUNNABLE = ["reference", "native"]  # Triton: test_triton_patch_match_info_nce.py
 
 
 def value_and_gradient(problem: Problem, impl: Any, upstream: float) -> tuple[Tensor, Tensor]:

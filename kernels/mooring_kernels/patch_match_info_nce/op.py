@@ -33,7 +33,8 @@ def patch_match_info_nce(
 
     A key set is P patches of one image. Against each, the patches of image i are matched by entropic transport
     of cost ``1 - q_a . k_b`` with uniform marginals (``rounds`` Sinkhorn rounds from zero potentials), and the
-    largest entries of the plan say which pairs count; a pair's logit is ``q_a . k_b / temperature``. Positive
+    largest entries of the plan (see ``reference.rank_codes``: logarithms that round to the same multiple of 1/32
+    are equal) say which pairs count; a pair's logit is ``q_a . k_b / temperature``. Positive
     key sets are the own key and the valid ones of class y_i, with one pair each; negative ones are the valid
     ones of the listed classes, with ``negatives_per_set`` pairs each. Equal entries rank by flat index aP + b.
     The gradient reaches ``query`` alone, through the logits: the plan carries none.
@@ -94,10 +95,6 @@ def patch_match_info_nce(
         positive_pick=positive_pick,
     )
     chosen = choose(op, impl, query, own_key, queue)
-    if chosen == "triton":
-        if impl == "triton":
-            raise ValueError(f"{op}: impl='triton' is not there yet: use impl='auto'")
-        chosen = "reference"
     if chosen != "reference" and patches > MOST_PATCHES:
         if impl != "auto":
             raise ValueError(
@@ -145,10 +142,13 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Loss, and its gradient [B, P, D] in fp32 (an empty tensor if it is not asked for)."""
-    from mooring_kernels.patch_match_info_nce import cpu
+    if impl == "triton":
+        from mooring_kernels.patch_match_info_nce import gpu as module
+    else:
+        from mooring_kernels.patch_match_info_nce import cpu as module  # type: ignore[no-redef]
 
     with torch.autocast(query.device.type, enabled=False):
-        loss_rows, grad = cpu.patch_match_info_nce_fwd(
+        loss_rows, grad = module.patch_match_info_nce_fwd(
             query,
             own_key,
             labels,

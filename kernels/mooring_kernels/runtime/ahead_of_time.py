@@ -37,6 +37,7 @@ from mooring_kernels.batchnorm_statistics import gpu_cases as batchnorm_statisti
 from mooring_kernels.calibrate import gpu_cases as calibrate
 from mooring_kernels.class_statistics import gpu_cases as class_statistics
 from mooring_kernels.concept_boxes import gpu_cases as concept_boxes
+from mooring_kernels.patch_match_info_nce import gpu_cases as patch_match_info_nce
 from mooring_kernels.queue_info_nce import gpu_cases as queue_info_nce
 from mooring_kernels.ring_push import gpu_cases as ring_push
 from mooring_kernels.row_normalise import gpu_cases as row_normalise
@@ -50,6 +51,7 @@ _OPS = (
     calibrate,
     class_statistics,
     concept_boxes,
+    patch_match_info_nce,
     queue_info_nce,
     ring_push,
     row_normalise,
@@ -66,6 +68,8 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
 }
 
 
