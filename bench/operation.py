@@ -88,6 +88,7 @@ class Operation:
     ] = ()  # inputs (tensors or lists) whose gradient is taken; empty: forward only
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     amplification: float = 1.0  # how much the op magnifies rounding, for the verify bound
+    reads_a_part: bool = False  # what the op looks up decides which of its inputs it needs
     in_place: bool = False  # inputs are written: each call gets a fresh clone when verified
     sizes: tuple[Size, ...] = SIZES
     quick_sizes: tuple[Size, ...] = QUICK_SIZES

@@ -31,7 +31,7 @@ def _operation() -> Operation:
         quick_sizes=(Size(B=2, D=40, N=9), Size(B=1, D=24, N=130)),
         longest_sum=lambda size: max(size.D, size.N),
         note="native is torch's fused attention, or two matrix products. The public form is the reference.",
-        step="",
+        step="concept_tuning",
     )
 
 

@@ -63,7 +63,8 @@ def _operation() -> Operation:
         sizes=(Size(B=48, D=2048, N=49, C=200), Size(B=48, D=768, N=196, C=200)),
         quick_sizes=(Size(B=5, D=80, N=9, C=6), Size(B=3, D=66, N=4, C=9)),
         note="Cells of 32 pixels; all other classes are asked for as negatives.",
-        step="",
+        reads_a_part=True,
+        step="concept_tuning",
     )
 
 

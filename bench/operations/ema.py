@@ -40,7 +40,7 @@ def _operation() -> Operation:
         quick_sizes=SMALL_NETWORKS,
         longest_sum=lambda size: 2,
         note="D, K: ViT of K blocks; D alone: ResNet-50. The dtype is that of the sources; the averages are fp32.",
-        step="",
+        step="bi_tuning",
     )
 
 

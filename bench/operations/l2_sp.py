@@ -44,7 +44,7 @@ def _operation() -> Operation:
         quick_sizes=SMALL_NETWORKS,
         longest_sum=lambda size: 16 * 1024,
         note="D, K: ViT of K blocks; D alone: ResNet-50.",
-        step="",
+        step="fine_tune",
     )
 
 

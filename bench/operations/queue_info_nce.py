@@ -61,7 +61,7 @@ def _operation() -> Operation:
         longest_sum=lambda size: max(size.B, size.N, size.D),
         note="native and triton form the gradient with the loss: hold `both` against the others, not `backward`; "
         "the dtype is the queue's",
-        step="",
+        step="bi_tuning",
     )
 
 

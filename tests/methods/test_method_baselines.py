@@ -123,7 +123,7 @@ def test_feature_map_sums_squared_distances_of_stage_outputs(kind: str) -> None:
 
 
 def test_delta_weighs_channels_and_its_two_attentions_rank_channels_alike() -> None:
-    batches = [make_batch(8, 4, seed=s) for s in range(2)]
+    batches = [make_batch(6, 4, seed=s) for s in range(1)]
     found = {}
     for attention in ("taylor", "knock_out"):
         method = make_method("delta", attention=attention)
@@ -152,7 +152,7 @@ def test_delta_weighs_channels_and_its_two_attentions_rank_channels_alike() -> N
         for channel in range(apart.shape[1]):
             weight = float(getattr(method, f"attention_{j}")[channel])
             total += weight * apart.shape[1] * float(apart[:, channel].sum()) / apart[0, 0].numel()
-    assert float(got) == pytest.approx(0.01 * total / 8, rel=1e-3)
+    assert float(got) == pytest.approx(0.01 * total / 6, rel=1e-3)
 
 
 def test_stoch_norm_draws_one_statistic_per_channel_and_always_moves() -> None:
