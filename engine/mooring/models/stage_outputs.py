@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 _STAGES = 4
 
@@ -59,7 +58,7 @@ def _last_convolution(model: nn.Module, stage: str) -> str | None:
     for name, child in model.named_modules():
         if name == stage:
             return before
-        if isinstance(child, nn.Conv2d) and not isinstance(child, _BatchNorm):
+        if isinstance(child, nn.Conv2d):
             before = name
     return None
 
