@@ -8,6 +8,7 @@ from bench.operations import (
     batchnorm_statistics,
     calibrate,
     channel_attention,
+    class_ring_push,
     class_statistics,
     concept_boxes,
     dr_tune_block,
@@ -25,6 +26,7 @@ from bench.operations import (
 _DECLARED = (
     row_normalise,
     ring_push,
+    class_ring_push,
     class_statistics,
     calibrate,
     procrustes_rotation,

@@ -147,3 +147,16 @@ def image_loss(
     target = torch.zeros_like(scores)
     target[:, : 1 + per_class] = 1 / (1 + per_class)
     return F.kl_div(F.log_softmax(scores, dim=1), target, reduction="batchmean")
+
+
+def enqueue(
+    bank_fields: list[Tensor], bank_labels: Tensor, heads: Tensor, fields: list[Tensor], labels: Tensor
+) -> None:
+    """Image after image: its unit rows go to the slot that the pointer of its class names; a host read for each."""
+    units = [F.normalize(field, dim=-1) for field in fields]
+    for i, label in enumerate(labels.tolist()):
+        slot = int(heads[label])
+        for bank, unit in zip(bank_fields, units, strict=True):
+            bank[label, slot] = unit[i].to(bank.dtype)
+        bank_labels[label, slot] = label
+        heads[label] = (slot + 1) % bank_labels.shape[1]

@@ -35,6 +35,21 @@ struct RingField {
 void ring_push(const std::vector<RingField>& fields, int64_t* bank_labels, const int64_t* labels, int64_t K,
                int64_t B, int64_t head, bool normalise, int threads);
 
+// One field of a bank with a ring per class; a row is P vectors of D.
+struct ClassRingField {
+    void* bank;  // [C, K, P, D]
+    DType bank_dtype;
+    Matrix rows;  // [B, P, D]
+    int64_t P, D;
+};
+
+// Row i goes to slot (heads[c] + earlier rows of its class c) mod K of c, its vectors at unit length if
+// `normalise`, unless K later rows have the same class or its label is none; bank_labels [C, K]. slots[i] is
+// the flat slot or -1. heads [C] move on.
+void class_ring_push(const std::vector<ClassRingField>& fields, int64_t* bank_labels, int64_t* heads,
+                     const int64_t* labels, int64_t* slots, int64_t C, int64_t K, int64_t B, bool normalise,
+                     int threads);
+
 // frozen_mean[c] = mean of frozen rows with label c; tuned_mean[c] = mean of tuned rows weighted by
 // exp(cga_scale * tuned_k . head_weight_c / |head_weight_c|); count[c] = their number. Zero where count is.
 void class_statistics(Matrix frozen, Matrix tuned, const int64_t* labels, const float* head_weight,

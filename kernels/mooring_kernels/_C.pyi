@@ -59,6 +59,14 @@ def ring_push(
     threads: int,
     /,
 ) -> None: ...
+def class_ring_push(
+    fields: list[tuple[int, int, int, int, int, int]],
+    integers: tuple[int, int, int, int],
+    shape: tuple[int, int, int],
+    normalise: bool,
+    threads: int,
+    /,
+) -> None: ...
 def class_statistics(
     frozen: int,
     frozen_dtype: int,

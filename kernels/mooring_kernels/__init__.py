@@ -11,6 +11,7 @@ from mooring_kernels.bank_cross_entropy.op import bank_cross_entropy
 from mooring_kernels.batchnorm_statistics.op import batchnorm_statistics
 from mooring_kernels.calibrate.op import calibrate
 from mooring_kernels.channel_attention.op import channel_attention
+from mooring_kernels.class_ring_push.op import class_ring_push_
 from mooring_kernels.class_statistics.op import class_statistics
 from mooring_kernels.concept_boxes.op import concept_boxes
 from mooring_kernels.convert_batchnorm.op import convert_batchnorm_
@@ -33,6 +34,7 @@ __all__ = [
     "batchnorm_statistics",
     "calibrate",
     "channel_attention",
+    "class_ring_push_",
     "class_statistics",
     "concept_boxes",
     "convert_batchnorm_",

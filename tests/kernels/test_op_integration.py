@@ -19,6 +19,7 @@ from mooring_kernels import (
     batchnorm_statistics,
     calibrate,
     channel_attention,
+    class_ring_push_,
     class_statistics,
     concept_boxes,
     convert_batchnorm_,
@@ -37,6 +38,7 @@ from mooring_kernels import (
 from mooring_kernels.bank_cross_entropy import op as bank_cross_entropy_op
 from mooring_kernels.batchnorm_statistics import op as batchnorm_statistics_op
 from mooring_kernels.calibrate import op as calibrate_op
+from mooring_kernels.class_ring_push import op as class_ring_push_op
 from mooring_kernels.class_statistics import op as class_statistics_op
 from mooring_kernels.concept_boxes import op as concept_boxes_op
 from mooring_kernels.convert_batchnorm import op as convert_batchnorm_op
@@ -100,6 +102,13 @@ def opcheck_cases() -> list[Any]:
                 4,
                 True,
                 "native",
+            ),
+        ),
+        (
+            class_ring_push_op._forward,
+            (
+                *([torch.zeros(4, 2, 6)], torch.full((4, 2), -1), torch.zeros(4).long()),
+                *([FEATURES], LABELS[:5], True, "native"),
             ),
         ),
         (class_statistics_op.class_statistics_forward, (FROZEN, TUNED, LABELS, HEAD, 1.0, "native")),
@@ -208,9 +217,16 @@ def convert(x: Tensor) -> Tensor:
     return torch.cat([ratio, *(t for (t,) in own)])
 
 
+def push_by_class(field: Tensor) -> Tensor:
+    bank, labels, heads = torch.zeros(4, 2, 6), torch.full((4, 2), -1), torch.zeros(4, dtype=torch.int64)
+    slots = class_ring_push_([bank], labels, heads, [field], LABELS[:5])
+    return torch.cat([bank.flatten(), labels.flatten().float(), heads.float(), slots.float()])
+
+
 PROGRAMS: dict[str, Callable[[Tensor], Tensor]] = {
     "row_normalise": lambda x: torch.cat([t.flatten() for t in row_normalise(x)]),
     "ring_push_": push,
+    "class_ring_push_": push_by_class,
     "class_statistics": lambda x: torch.cat(
         [t.flatten() for t in class_statistics(x, TUNED[:5], LABELS[:5], HEAD)]
     ),
@@ -439,6 +455,20 @@ def wrong_calls() -> list[Any]:
             lambda: ring_push_([FROZEN.T], LABELS[:6], [FEATURES], LABELS[:5], 0),
             ValueError,
             r"fields\[0\] must be \[5, 9\]",
+        ),
+        (
+            lambda: class_ring_push_(
+                [FROZEN.view(3, 3, 6)], LABELS.view(3, 3), LABELS[:3], [FEATURES[:, :4]], LABELS[:5]
+            ),
+            ValueError,
+            r"fields\[0\] must be \[5, 6\]; got \[5, 4\]",
+        ),
+        (
+            lambda: class_ring_push_(
+                [FROZEN.view(3, 3, 6)], LABELS.view(3, 3), LABELS[:2], [FEATURES], LABELS[:5]
+            ),
+            ValueError,
+            r"heads must be \[3\] int64",
         ),
         (
             lambda: ring_push_([TUNED[:, :3]], LABELS, [FEATURES[:, :3]], LABELS[:5], 0),

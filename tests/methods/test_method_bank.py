@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -78,3 +80,68 @@ def test_wrong_fields_and_shapes_are_named() -> None:
     other = FeatureBank(BankSpec(4, {"frozen": 7, "tuned": 5}))
     with pytest.raises(ValueError, match="resume with the same settings"):
         bank.load_state_dict(other.state_dict())
+
+
+CLASSES = 3
+
+
+def by_class(capacity: int, dtype: torch.dtype = torch.float32) -> FeatureBank:
+    fields = {"image": 5, "patches": (4, 5)}
+    return FeatureBank(BankSpec(capacity, fields, dtype, layout="per_class", classes=CLASSES))
+
+
+def push_images(bank: FeatureBank, count: int, start: int) -> list[tuple[int, int]]:
+    """Rows in which every number is the id or its negative, before they are normalised; their labels and ids."""
+    generator = torch.Generator().manual_seed(start)
+    labels, ids = (
+        torch.randint(-1, CLASSES + 1, (count,), generator=generator),
+        torch.arange(start, start + count),
+    )
+    rows = ids.float()[:, None].expand(-1, 5) + 1
+    bank.push({"image": rows, "patches": -rows[:, None].expand(-1, 4, -1)}, labels, ids)
+    return list(zip(labels.tolist(), ids.tolist(), strict=True))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.lists(st.integers(0, 20), max_size=5))
+def test_each_class_holds_its_newest_rows(capacity: int, sizes: list[int]) -> None:
+    """Against a plain ring per class: repeated labels, B > K, wrap-around, labels that are no class."""
+    bank, pushed = by_class(capacity), 0
+    rings = [[-1] * capacity for _ in range(CLASSES)]
+    heads = [0] * CLASSES
+    for size in sizes:
+        for label, number in push_images(bank, size, pushed):
+            if 0 <= label < CLASSES:
+                rings[label][heads[label]] = number
+                heads[label] = (heads[label] + 1) % capacity
+        pushed += size
+    view = bank.view()
+    assert view.ids.view(CLASSES, capacity).tolist() == rings
+    expected = [[label if number >= 0 else -1 for number in ring] for label, ring in enumerate(rings)]
+    assert view.labels.view(CLASSES, capacity).tolist() == expected
+    filled = view.labels >= 0
+    assert len(bank) == int(filled.sum())
+    unit = torch.full((5,), 5**-0.5)
+    torch.testing.assert_close(view["image"], filled[:, None] * unit)
+    torch.testing.assert_close(view["patches"], -(filled[:, None, None] * unit).expand(-1, 4, -1))
+
+
+def test_a_ring_per_class_round_trips_and_tells_heads_apart() -> None:
+    one, two = by_class(2, torch.bfloat16), by_class(2, torch.bfloat16)
+    push_images(one, 20, 0)
+    assert not torch.equal(one.fingerprint(), two.fingerprint())
+    two.load_state_dict(one.state_dict())
+    assert torch.equal(one.fingerprint(), two.fingerprint())
+    for bank in (one, two):
+        push_images(bank, 5, 20)
+    assert torch.equal(one.fingerprint(), two.fingerprint())
+    assert torch.equal(one.view()["patches"], two.view()["patches"])
+    fifo = FeatureBank(BankSpec(2 * CLASSES, {"image": 5, "patches": (4, 5)}, torch.bfloat16))
+    with pytest.raises(ValueError, match="resume with the same settings"):
+        fifo.load_state_dict(one.state_dict())
+
+
+@pytest.mark.parametrize("layout,classes", [("per_class", 0), ("fifo", 3)])
+def test_classes_must_fit_the_layout(layout: Literal["fifo", "per_class"], classes: int) -> None:
+    with pytest.raises(ValueError, match=rf"with layout '{layout}', got {classes}"):
+        FeatureBank(BankSpec(4, {"image": 5}, layout=layout, classes=classes))

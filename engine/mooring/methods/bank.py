@@ -1,15 +1,16 @@
-"""FeatureBank: the last K rows of features, with labels and ids, in a ring."""
+"""FeatureBank: the last K rows of features, with labels and ids, in a ring or in one ring per class."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mooring.methods.base import StateTree
-from mooring_kernels import ring_push_
+from mooring_kernels import class_ring_push_, ring_push_
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,16 +18,29 @@ class BankSpec:
     """Shape of a bank.
 
     Attributes:
-        rows: K, capacity; 0 is an empty bank that every push leaves empty.
-        fields: name -> row width D.
+        rows: K, capacity, of each class with layout "per_class"; 0 is an empty bank that every push leaves empty.
+        fields: name -> row width D, or (P, D) for rows of P vectors, each normalised by itself.
         dtype: storage of the rows, float32 or bfloat16.
         normalise: rows are stored at unit length, ``v / max(norm(v), 1e-12)``; otherwise as they come.
+        layout: "fifo", one ring for all rows; "per_class", a ring for each class.
+        classes: C with layout "per_class", else 0.
     """
 
     rows: int
-    fields: Mapping[str, int]
+    fields: Mapping[str, int | tuple[int, ...]]
     dtype: torch.dtype = torch.float32
     normalise: bool = True
+    layout: Literal["fifo", "per_class"] = "fifo"
+    classes: int = 0
+
+    @property
+    def slots(self) -> int:
+        """Rows that the bank can hold in all."""
+        return self.rows * self.classes if self.layout == "per_class" else self.rows
+
+    def row_shape(self, field: str) -> tuple[int, ...]:
+        width = self.fields[field]
+        return (width,) if isinstance(width, int) else width
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +48,11 @@ class BankView:
     """The bank's tensors in place (no copy): valid until the next push.
 
     Attributes:
-        fields: name -> [K, D]; the rows of all fields at one index belong to one image.
-        labels: [K] int64; -1 marks an empty slot.
-        ids: [K] int64 manifest ids; -1 in empty slots.
+        fields: name -> [slots, D] or [slots, P, D]; the rows of all fields at one index belong to one image.
+        labels: [slots] int64; -1 marks an empty slot.
+        ids: [slots] int64 manifest ids; -1 in empty slots.
+
+    ``slots`` is K, or C K with a ring per class: class after class, so that ``view(C, K, ...)`` separates them.
     """
 
     fields: Mapping[str, Tensor]
@@ -48,44 +64,61 @@ class BankView:
 
 
 class FeatureBank:
-    """A FIFO ring of feature rows, normalised once, when they are stored.
+    """Rings of feature rows, normalised once, when they are stored.
 
     Not an ``nn.Module``: DDP would overwrite buffers from rank 0 on every forward, and DeepSpeed
-    neither synchronises nor saves them per rank. The write position is a host integer, so a push
-    never waits for the device.
+    neither synchronises nor saves them per rank. A push never waits for the device: the write position of
+    one ring is a host integer, those of a ring per class lie on the device, as the labels that decide them do.
 
     Args:
-        spec: capacity, fields, storage dtype.
+        spec: capacity, fields, storage dtype, layout.
         device: where the rows lie.
+
+    Raises:
+        ValueError: rows or classes are negative, or classes do not fit the layout.
     """
 
     def __init__(self, spec: BankSpec, *, device: torch.device | str = "cpu") -> None:
         if spec.rows < 0:
             raise ValueError(f"bank rows must be >= 0, got {spec.rows}")
+        if (spec.classes < 1) if spec.layout == "per_class" else (spec.classes != 0):
+            wanted = ">= 1" if spec.layout == "per_class" else "0"
+            raise ValueError(f"bank classes must be {wanted} with layout {spec.layout!r}, got {spec.classes}")
         self.spec = spec
         self._head = 0
         self._filled = 0
         self._fields = {
-            name: torch.zeros(spec.rows, width, dtype=spec.dtype, device=device)
-            for name, width in spec.fields.items()
+            name: torch.zeros(spec.slots, *spec.row_shape(name), dtype=spec.dtype, device=device)
+            for name in spec.fields
         }
-        self._labels = torch.full((spec.rows,), -1, dtype=torch.int64, device=device)
-        self._ids = torch.full((spec.rows,), -1, dtype=torch.int64, device=device)
+        self._labels = torch.full((spec.slots,), -1, dtype=torch.int64, device=device)
+        # one more than there are slots: rows that a ring per class skips leave their id there
+        self._all_ids = torch.full((spec.slots + 1,), -1, dtype=torch.int64, device=device)
+        self._ids = self._all_ids[: spec.slots]
+        self._class_heads = torch.zeros(spec.classes, dtype=torch.int64, device=device)
 
     def __len__(self) -> int:
-        """Slots written so far, at most K (padding rows count: they take a slot and stay masked)."""
+        """Slots written so far (padding rows count in one ring: they take a slot and stay masked).
+
+        With a ring per class this number lies on the device and is waited for.
+        """
+        if self.spec.layout == "per_class":
+            return int((self._labels >= 0).sum())
         return self._filled
 
     def push(self, fields: Mapping[str, Tensor], labels: Tensor, ids: Tensor) -> tuple[int, int]:
-        """Stores the rows at the next slots; the oldest rows fall out. With B > K the newest K stay.
+        """Stores the rows at the next slots; the oldest rows fall out. With B > K the newest K stay, of each class
+        with a ring per class.
 
         Args:
-            fields: name -> [B, D] rows.
-            labels: [B] int64; a row with label -1 takes a slot and is masked everywhere.
+            fields: name -> [B, D] or [B, P, D] rows.
+            labels: [B] int64; a row with label -1 takes a slot of the one ring and is masked everywhere; rings per
+                class skip it, and any other label that is no class.
             ids: [B] int64.
 
         Returns:
-            The first slot written and how many, counted round the ring.
+            The first slot written and how many, counted round the ring. Rings per class may have written any slot:
+            which ones is known on the device.
 
         Raises:
             ValueError: a field is missing, unknown, or has another width.
@@ -95,6 +128,9 @@ class FeatureBank:
         rows = self.spec.rows
         if rows == 0 or labels.shape[0] == 0:
             return 0, 0
+        if self.spec.layout == "per_class":
+            self._push_by_class(fields, labels, ids)
+            return 0, self.spec.slots
         names = list(self._fields)
         head = self._head
         self._head = ring_push_(
@@ -113,26 +149,44 @@ class FeatureBank:
         self._filled = min(rows, self._filled + ids.shape[0])
         return first % rows, batch
 
+    def _push_by_class(self, fields: Mapping[str, Tensor], labels: Tensor, ids: Tensor) -> None:
+        rings = self.spec.classes, self.spec.rows
+        slots = class_ring_push_(
+            [rows.unflatten(0, rings) for rows in self._fields.values()],
+            self._labels.view(rings),
+            self._class_heads,
+            [fields[name].detach() for name in self._fields],
+            labels,
+            normalise=self.spec.normalise,
+        )
+        self._all_ids[torch.where(slots >= 0, slots, self.spec.slots)] = ids
+
     def view(self) -> BankView:
         return BankView(self._fields, self._labels, self._ids)
 
     def fingerprint(self) -> Tensor:
-        """[2] int64 on the device: a position-weighted sum over labels and ids, and one over the rows' bits.
+        """[2] int64 on the device: a position-weighted sum over labels, ids and heads, and one over the rows' bits.
 
         Equal banks have equal fingerprints; used to compare ranks without gathering banks.
         """
-        place = torch.arange(1, self.spec.rows + 1, device=self._labels.device)
+        place = torch.arange(1, self.spec.slots + 1, device=self._labels.device)
         keys = ((self._labels + 2) * 1_000_003 + self._ids + 2) * place
         bits = torch.zeros((), dtype=torch.int64, device=self._labels.device)
         for rows in self._fields.values():
-            words = rows.view(torch.int32 if rows.dtype == torch.float32 else torch.int16).to(torch.int64)
-            bits = bits * 31 + (words.sum(1) * place).sum()
-        return torch.stack([keys.sum(), bits])
+            words = rows.view(torch.int32 if rows.dtype == torch.float32 else torch.int16)
+            bits = bits * 31 + (words.flatten(1).sum(1, dtype=torch.int64) * place).sum()
+        return torch.stack([keys.sum() + self._head_key(), bits])
+
+    def _head_key(self) -> Tensor:
+        """Where the next rows go, by class: banks that hold the same rows may differ in nothing else."""
+        place = torch.arange(1, self.spec.classes + 1, device=self._labels.device)
+        return 1_000_033 * ((self._class_heads + 1) * place).sum()
 
     def state_dict(self) -> StateTree:
         return {
             "head": self._head,
             "filled": self._filled,
+            "class_heads": self._class_heads.clone(),
             "labels": self._labels.clone(),
             "ids": self._ids.clone(),
             "fields": {name: rows.clone() for name, rows in self._fields.items()},
@@ -144,8 +198,13 @@ class FeatureBank:
         Raises:
             ValueError: the saved bank has another shape, dtype or other fields.
         """
-        saved = {n: (tuple(t.shape), t.dtype) for n, t in state["fields"].items()}
-        here = {n: (tuple(t.shape), t.dtype) for n, t in self._fields.items()}
+        saved, here = (
+            {n: (tuple(t.shape), t.dtype) for n, t in (*fields.items(), ("class heads", heads))}
+            for fields, heads in (
+                (state["fields"], state["class_heads"]),
+                (self._fields, self._class_heads),
+            )
+        )
         if saved != here:
             raise ValueError(
                 f"the saved bank holds {saved}, this run needs {here}: resume with the same settings"
@@ -154,4 +213,5 @@ class FeatureBank:
             rows.copy_(state["fields"][name])
         self._labels.copy_(state["labels"])
         self._ids.copy_(state["ids"])
+        self._class_heads.copy_(state["class_heads"])
         self._head, self._filled = int(state["head"]), int(state["filled"])

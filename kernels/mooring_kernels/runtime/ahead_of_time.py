@@ -35,6 +35,7 @@ from triton.runtime.jit import JITFunction
 from mooring_kernels.bank_cross_entropy import gpu_cases as bank_cross_entropy
 from mooring_kernels.batchnorm_statistics import gpu_cases as batchnorm_statistics
 from mooring_kernels.calibrate import gpu_cases as calibrate
+from mooring_kernels.class_ring_push import gpu_cases as class_ring_push
 from mooring_kernels.class_statistics import gpu_cases as class_statistics
 from mooring_kernels.concept_boxes import gpu_cases as concept_boxes
 from mooring_kernels.patch_match_info_nce import gpu_cases as patch_match_info_nce
@@ -49,6 +50,7 @@ _OPS = (
     bank_cross_entropy,
     batchnorm_statistics,
     calibrate,
+    class_ring_push,
     class_statistics,
     concept_boxes,
     patch_match_info_nce,
