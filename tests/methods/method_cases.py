@@ -25,6 +25,7 @@ from mooring.config.method_settings import (
     LPFTSettings,
     Settings,
 )
+from mooring.config.soft_settings import SoftFineTuningSettings
 from mooring.config.tes_settings import TeSSettings
 from mooring.data.batch import Batch
 from mooring.methods.base import At, Method, Resources, SetupContext
@@ -47,6 +48,7 @@ SETTINGS: dict[str, Settings] = {
     "feature_distillation": FeatureDistillationSettings(feature_pull=1e-3, regressor="linear"),
     "co_tuning": CoTuningSettings(),
     "tes": TeSSettings(projection_width=32),
+    "soft_fine_tuning": SoftFineTuningSettings(source_batch_size=8),
 }
 SOURCE_CLASSES = 6
 
@@ -62,7 +64,10 @@ def small_encoder(kind: str) -> nn.Module:
 
 
 def make_batch(rows: int, classes: int, seed: int = 0, *, padded: int = 0) -> Batch:
-    """Images that carry their label in their mean colour, so that a loss can fall; ``padded`` rows at the end."""
+    """Images that carry their label in their mean colour, so that a loss can fall; ``padded`` rows at the end.
+
+    Beside them lie 8 images of the source task.
+    """
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, classes, (rows,), generator=g)
     images = torch.randn(rows, 3, 32, 32, generator=g) * 0.3
@@ -71,7 +76,17 @@ def make_batch(rows: int, classes: int, seed: int = 0, *, padded: int = 0) -> Ba
     if padded:
         labels[-padded:] = -1
         ids[-padded:] = -1
-    return Batch(images.contiguous(memory_format=torch.channels_last), labels, ids)
+    images = images.contiguous(memory_format=torch.channels_last)
+    return Batch(images, labels, ids, source=make_source_rows(8, seed))
+
+
+def make_source_rows(rows: int, seed: int = 0) -> Batch:
+    """Images of the task that the weights were trained for; brighter in one corner, by class."""
+    g = torch.Generator().manual_seed(1000 + seed)
+    labels = torch.randint(0, SOURCE_CLASSES, (rows,), generator=g)
+    images = torch.randn(rows, 3, 32, 32, generator=g) * 0.3
+    images[:, :, :16, :16] += torch.linspace(-2, 2, SOURCE_CLASSES)[labels][:, None, None, None]
+    return Batch(images.contiguous(memory_format=torch.channels_last), labels, torch.arange(rows))
 
 
 def context(batches: list[Batch], *, steps: int = 20) -> SetupContext:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_padding_rows_change_nothing(method_name: str) -> None:
         if padded:
             batch = make_batch(8, 4, seed=3, padded=2)
         else:
-            batch = type(whole)(whole.images[:6], whole.labels[:6], whole.ids[:6])
+            batch = replace(whole, images=whole.images[:6], labels=whole.labels[:6], ids=whole.ids[:6])
         method.train()
         method.before_step(at(0))
         out = method(batch, at(0))
@@ -135,8 +136,11 @@ def test_accumulation_equals_the_large_batch(method_name: str) -> None:
     with the mean feature norm of the micro-batch, so the two halves here are given the same images.
     """
     half = make_batch(8, 4, seed=5)
-    both = type(half)(
-        torch.cat([half.images] * 2), torch.cat([half.labels] * 2), torch.cat([half.ids, half.ids + 100])
+    both = replace(
+        half,
+        images=torch.cat([half.images] * 2),
+        labels=torch.cat([half.labels] * 2),
+        ids=torch.cat([half.ids, half.ids + 100]),
     )
     grads = []
     for group in ([both], [half, half]):

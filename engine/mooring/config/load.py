@@ -18,7 +18,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from mooring.config.keys import DEFAULT_METHOD, METHODS, SECTIONS, SHORTHANDS, all_keys, nearest
-from mooring.config.method_settings import CombinedSettings, method_names
+from mooring.config.method_settings import CombinedSettings, MethodSettings, method_names
 from mooring.config.schema import RunConfig
 from mooring.errors import ConfigError
 
@@ -81,8 +81,17 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         update={
             "data": config.data.model_copy(update={"path": _absolute(config.data.path)}),
             "model": config.model.model_copy(update=model),
+            "method": _absolute_method(config.method),
         }
     )
+
+
+def _absolute_method(method: MethodSettings) -> MethodSettings:
+    if isinstance(method, CombinedSettings):
+        parts = tuple(_absolute_method(part) for part in method.parts)
+        return method.model_copy(update={"parts": parts})
+    paths = {key: value for key, value in method if isinstance(value, Path)}
+    return method.model_copy(update={key: _absolute(path) for key, path in paths.items()})
 
 
 def _absolute(path: Path | str) -> Path:

@@ -17,6 +17,7 @@ from mooring.config.baseline_settings import (
     StochNormSettings,
 )
 from mooring.config.settings import Settings
+from mooring.config.soft_settings import SoftFineTuningSettings
 from mooring.config.tes_settings import TeSSettings
 
 
@@ -107,7 +108,8 @@ SingleMethod = Annotated[
     | LwFSettings
     | FeatureDistillationSettings
     | CoTuningSettings
-    | TeSSettings,
+    | TeSSettings
+    | SoftFineTuningSettings,
     Field(discriminator="name"),
 ]
 

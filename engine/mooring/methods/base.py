@@ -94,12 +94,14 @@ class Resources:
         text_features: [C, d] float32 unit rows, one per class name.
         source_head: the classifier that the pretrained weights came with, D -> C_S.
         image_size: height = width of the training images in pixels.
+        source_batch_size: rows of the source stream in a full batch; None: the method's settings say it.
     """
 
     classes: tuple[str, ...] = ()
     text_features: Tensor | None = None
     source_head: nn.Linear | None = None
     image_size: int | None = None
+    source_batch_size: int | None = None
 
 
 @dataclass(slots=True)
@@ -219,7 +221,12 @@ class Method(nn.Module):
         """Called before the forwards of an optimizer step."""
 
     def forward(self, batch: Batch, at: At) -> StepOutput:
-        run = Forward(self, batch, wants_map=self.requirements.feature_map)
+        run = Forward(
+            self,
+            batch,
+            wants_map=self.requirements.feature_map,
+            with_source=self.source_alongside(batch, at),
+        )
         additions = self.additions(run, at)
         loss = self.widened(sum(additions.values(), self.classification(run, at)), run, at)
         metrics = batch_metrics(loss, run.logits, run.targets)
@@ -227,7 +234,9 @@ class Method(nn.Module):
         return StepOutput(loss, run.logits, metrics, self.pushed(run))
 
     def classification(self, run: Forward, at: At) -> Tensor:
-        """Mean loss over the valid rows of the batch, fp32 scalar."""
+        """Mean loss over the valid rows of the batch, fp32 scalar; called after ``additions``."""
+        if run.cross_entropy is not None:
+            return run.cross_entropy
         return batch_cross_entropy(run.logits, run.targets, self.label_smoothing)
 
     def additions(self, run: Forward, at: At) -> dict[str, Tensor]:
@@ -249,19 +258,37 @@ class Method(nn.Module):
         """Rows of the source stream that this step reads, where ``needs.source_stream``; a function of ``at`` alone."""
         return 0
 
+    def source_alongside(self, batch: Batch, at: At) -> bool:
+        """Whether the source images go through the encoder as one batch with the target's."""
+        return False
+
+    def joined(self, partners: frozenset[str]) -> None:
+        """Called once where the method runs beside others, by their names.
+
+        Raises:
+            ConfigError: its settings do not allow it.
+        """
+
     # ---------------------------------------------------------------- optimizer
 
     def parameter_roles(self) -> Mapping[str, list[nn.Parameter]]:
         """Trainable parameters by role: ``backbone``, ``head``, ``auxiliary``."""
         return {
-            "backbone": [p for p in self.encoder.parameters() if p.requires_grad],
+            "backbone": [
+                p for p in (*self.encoder.parameters(), *self.pretrained_parameters()) if p.requires_grad
+            ],
             "head": [p for p in self.head.parameters() if p.requires_grad],
             "auxiliary": self.auxiliary_parameters(),
         }
 
+    def pretrained_parameters(self) -> list[nn.Parameter]:
+        """Parameters beside the encoder's that start pretrained, and learn at the backbone's rate."""
+        return []
+
     def auxiliary_parameters(self) -> list[nn.Parameter]:
-        """Trainable parameters that are neither the encoder's nor the head's."""
+        """Trainable parameters that are neither pretrained nor the head's."""
         owned = {id(p) for module in (self.encoder, self.head) for p in module.parameters()}
+        owned |= {id(p) for p in self.pretrained_parameters()}
         return [p for p in self.parameters() if p.requires_grad and id(p) not in owned]
 
     def head_lr_multiplier(self, batch_size: int, optimizer: str) -> float:

@@ -96,6 +96,7 @@ class Combined(Method):
                 module = part._modules.pop(shared)
                 part.__dict__[shared] = module
             self.parts[part.name] = part
+            part.joined(frozenset(other.name for other in parts if other is not part))
         frozen = [part for part in parts if part._frozen]
         for part in frozen[1:]:
             part.share_frozen_copy(frozen[0].frozen_encoder)
@@ -161,6 +162,12 @@ class Combined(Method):
 
     def source_rows(self, at: At) -> int:
         return max(part.source_rows(at) for part in self.members)
+
+    def source_alongside(self, batch: Batch, at: At) -> bool:
+        return any(part.source_alongside(batch, at) for part in self.members)
+
+    def pretrained_parameters(self) -> list[nn.Parameter]:
+        return [p for part in self.members for p in part.pretrained_parameters()]
 
     def head_lr_multiplier(self, batch_size: int, optimizer: str) -> float:
         owner = self._owner("head_lr_multiplier")

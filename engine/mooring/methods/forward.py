@@ -27,30 +27,43 @@ class Forward:
         frozen_features: [B, D] fp32 of the untrained encoder, without graph.
         targets: soft targets [B, C] where images were mixed, else labels [B].
         valid: [B] bool, rows that are no padding.
+        source_features: [S, D] of the batch's source images, where they went through the encoder with the others.
+        cross_entropy: mean loss of the batch rows, where a term of the loss has computed it on its way.
     """
 
-    def __init__(self, method: Method, batch: Batch, *, wants_map: bool = False) -> None:
+    def __init__(
+        self, method: Method, batch: Batch, *, wants_map: bool = False, with_source: bool = False
+    ) -> None:
         self.method = method
         self.batch = batch
+        self.cross_entropy: Tensor | None = None
         self._wants_map = wants_map
+        self._rows = batch.images.shape[0]
+        self._source = batch.source if with_source else None
 
     @cached_property
     def features(self) -> Tensor:
-        return self._encoded[0]
+        return self._encoded[0][: self._rows] if self._source is not None else self._encoded[0]
+
+    @cached_property
+    def source_features(self) -> Tensor | None:
+        return None if self._source is None else self._encoded[0][self._rows :]
 
     @cached_property
     def feature_map(self) -> Tensor:
         features_map = self._encoded[1]
         assert features_map is not None, "ask for the map in the constructor: one forward serves all methods"
-        return features_map
+        return features_map[: self._rows] if self._source is not None else features_map
 
     @cached_property
     def _encoded(self) -> tuple[Tensor, Tensor | None]:
-        encoder = self.method.encoder
+        encoder, images = self.method.encoder, self.batch.images
+        if self._source is not None:
+            images = torch.cat([images, self._source.images])
         with recorded_outputs(encoder, self.method.recorded_modules()) as self._recorded:
             if not self._wants_map:
-                return encoder(self.batch.images), None
-            return features_and_map(encoder, self.batch.images)
+                return encoder(images), None
+            return features_and_map(encoder, images)
 
     def recorded(self, names: Sequence[str]) -> Mapping[str, Tensor]:
         """Outputs of the named modules of the encoder, from the same forward as ``features``.
@@ -59,7 +72,9 @@ class Forward:
             names: modules inside the encoder that the method named as ``recorded_modules``.
         """
         self.features  # noqa: B018  the forward, if it has not run
-        return {name: self._recorded[name] for name in names}
+        if self._source is None:
+            return {name: self._recorded[name] for name in names}
+        return {name: self._recorded[name][: self._rows] for name in names}
 
     @cached_property
     def logits(self) -> Tensor:

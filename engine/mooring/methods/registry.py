@@ -21,6 +21,7 @@ from mooring.methods.l2_sp import L2SP
 from mooring.methods.linear_probe import LinearProbe
 from mooring.methods.lp_ft import LPFT
 from mooring.methods.lwf import LwF
+from mooring.methods.soft_fine_tuning import SoftFineTuning
 from mooring.methods.stoch_norm import StochNorm
 from mooring.methods.tes import TeS
 
@@ -38,6 +39,7 @@ _CLASSES: tuple[type[Method], ...] = (
     FeatureDistillation,
     CoTuning,
     TeS,
+    SoftFineTuning,
 )
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _CLASSES}
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,15 +16,18 @@ from torch.optim import Optimizer
 from mooring.config.method_settings import CombinedSettings
 from mooring.config.schema import RunConfig
 from mooring.config.settings import Settings
+from mooring.config.soft_settings import SoftFineTuningSettings
 from mooring.config.tes_settings import TeSSettings
 from mooring.data.augment import ModelInput, evaluation, mild, preset
 from mooring.data.cache import open_manifest
 from mooring.data.class_names import readable_names
-from mooring.data.manifest import Manifest
+from mooring.data.manifest import Manifest, Split
+from mooring.data.row_stream import RowStream
 from mooring.data.source import EpochSource
+from mooring.data.source_task import source_split
 from mooring.data.sources import make_source
 from mooring.data.text_features import class_text_features, too_alike
-from mooring.errors import ConfigError
+from mooring.errors import ConfigError, DataError
 from mooring.methods.base import Method, Needs, Resources
 from mooring.methods.registry import build_method, needs_of
 from mooring.models.batchnorm import freeze_statistics, parameter_count
@@ -41,9 +45,12 @@ from mooring.train.results import RunPlan
 from mooring.train.schedules import Schedule
 
 _log = logging.getLogger(__name__)
+_Table = TypeVar("_Table", bound=Settings)
 
 # The warm-up pass must not replay the batches of the run's first epoch: another order, other augmentations.
 _WARM_UP_SEED = 0x5EED
+# Source and target images are two independent streams.
+_SOURCE_SEED = 0x50F7
 
 
 @dataclass(slots=True)
@@ -60,7 +67,7 @@ class Parts:
     train_source: EpochSource
     val_source: EpochSource
     test_source: EpochSource | None
-    source_stream: EpochSource | None
+    source_stream: RowStream | None
     warm_up_source: Callable[[], EpochSource]
     clean_source: Callable[[], EpochSource]
     eval_size: int
@@ -133,6 +140,9 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
     if train.channels_last:
         _to_channels_last(encoder)
     resources = _resources(config, needs, manifest, encoder)
+    source_images = _source_images(config, needs, manifest, resources)
+    if source_images is not None:
+        resources = replace(resources, source_batch_size=_source_batch(config, len(source_images)))
     method = build_method(
         config.method, encoder, head, label_smoothing=train.label_smoothing, resources=resources
     ).to(device)
@@ -163,6 +173,22 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
     def warm_up_source() -> EpochSource:
         return source("train", is_training=True, seed=config.seed ^ _WARM_UP_SEED)
 
+    def source_stream(images: Split) -> RowStream:
+        batch = resources.source_batch_size
+        assert batch is not None
+        return RowStream(
+            make_source(
+                config.data.source,
+                images,
+                training,
+                batch_size=batch,
+                training=True,
+                seed=config.seed ^ _SOURCE_SEED,
+                workers=config.data.workers,
+                device=device,
+            )
+        )
+
     train_source = source("train", is_training=True)
     lr = config.optimizer.lr or default_lr(config.optimizer.name)
     multiplier = config.optimizer.head_lr_multiplier or method.head_lr_multiplier(
@@ -190,7 +216,7 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
         train_source=train_source,
         val_source=source("val", is_training=False),
         test_source=source("test", is_training=False) if "test" in manifest.counts else None,
-        source_stream=None,
+        source_stream=None if source_images is None else source_stream(source_images),
         warm_up_source=warm_up_source,
         clean_source=lambda: source("train", is_training=False),
         eval_size=eval_size,
@@ -211,7 +237,10 @@ def _resources(config: RunConfig, needs: Needs, manifest: Manifest, encoder: Enc
     if needs.text_features:
         text_features = _text_features(config.method, manifest.classes)
     if needs.source_head:
-        source_head = pretrained_head(config.model.name, encoder.feature_dim, weights=config.model.weights)
+        with torch.random.fork_rng(devices=[]):  # the run's random numbers do not depend on the method
+            source_head = pretrained_head(
+                config.model.name, encoder.feature_dim, weights=config.model.weights
+            )
     return Resources(
         classes=manifest.classes,
         text_features=text_features,
@@ -220,10 +249,53 @@ def _resources(config: RunConfig, needs: Needs, manifest: Manifest, encoder: Enc
     )
 
 
+def _part(method: Settings, table: type[_Table]) -> _Table:
+    """The settings of the one method, or of that part of several, which this table belongs to."""
+    parts = method.parts if isinstance(method, CombinedSettings) else (method,)
+    return next(part for part in parts if isinstance(part, table))
+
+
+def _source_images(config: RunConfig, needs: Needs, manifest: Manifest, resources: Resources) -> Split | None:
+    """Images of the task that the weights were trained for, without those of the target task.
+
+    Raises:
+        MooringError: there are none, or their classes are not the source head's.
+    """
+    if not needs.source_stream:
+        return None
+    settings = _part(config.method, SoftFineTuningSettings)
+    assert resources.source_head is not None  # who needs the stream needs the head
+    if settings.source_data is None:
+        raise ConfigError(
+            "soft_fine_tuning needs images of the task that the weights were trained for: give "
+            "method.source_data=FOLDER (and method.source_classes=FILE), or take method.source=distill"
+        )
+    target = {str(digest) for digest in manifest.table["sha256"].to_pylist()}
+    images = source_split(
+        open_data(config, path=settings.source_data),
+        resources.source_head.out_features,
+        classes_file=settings.source_classes,
+        without=target,
+        images=settings.source_images,
+        seed=config.seed,
+    )
+    if settings.source_batch_size is not None and settings.source_batch_size > len(images):
+        raise DataError(
+            f"method.source_data holds {len(images)} training images, fewer than method.source_batch_size="
+            f"{settings.source_batch_size}: lower it"
+        )
+    return images
+
+
+def _source_batch(config: RunConfig, images: int) -> int:
+    """B_S: as set, else the target's batch, as far as there are images."""
+    settings = _part(config.method, SoftFineTuningSettings)
+    return settings.source_batch_size or min(config.train.batch_size, images)
+
+
 def _text_features(method: Settings, classes: Sequence[str]) -> Tensor:
     """Vectors of the class names, from the text encoder that the method's settings name."""
-    parts = method.parts if isinstance(method, CombinedSettings) else (method,)
-    settings = next(part for part in parts if isinstance(part, TeSSettings))
+    settings = _part(method, TeSSettings)
     names = readable_names(classes, settings.class_names)
     features = class_text_features(settings.text, classes, names, settings.templates, cache_folder() / "text")
     for first, second in too_alike(features, names):

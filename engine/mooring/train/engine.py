@@ -54,7 +54,6 @@ class Engine:
         self.val_source = parts.val_source
         self.test_source = parts.test_source
         self.source_stream = parts.source_stream
-        self._source_batches: Iterator[Batch] | None = None
         self.global_step = 0
         self.epochs_validated = 0
         self.resume_notes: list[str] = []
@@ -175,15 +174,13 @@ class Engine:
 
     def _with_source(self, batch: Batch) -> Batch:
         """The batch with as many rows of the source stream as this step reads."""
-        rows = 0 if self.source_stream is None else self.method.source_rows(self._at())
-        if rows == 0 or self.source_stream is None:
+        if self.source_stream is None:
             return batch
-        drawn = next(self._source_batches, None) if self._source_batches is not None else None
-        if drawn is None:  # the stream has no end: its next epoch
-            self._source_batches = iter(self.source_stream)
-            drawn = next(self._source_batches)
-        source = Batch(drawn.images[:rows], drawn.labels[:rows], drawn.ids[:rows])
-        return replace(batch, source=source.to(self.backend.device))
+        rows = self.method.source_rows(self._at())
+        if rows == 0:
+            self.source_stream.close()  # what reads ahead would read for nothing
+            return batch
+        return replace(batch, source=self.source_stream.take(rows).to(self.backend.device))
 
     def _set_learning_rates(self) -> float:
         """Sets every group's rate for this step; returns the first one's: the backbone's, or the head's in a probe."""
@@ -231,7 +228,6 @@ class Engine:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         checkpoint.restore_engine(self, state)
-        self._source_batches = None
         self._ready = True
 
     def save(self, folder: Path) -> Path:
