@@ -471,7 +471,9 @@ def _print_result(config: RunConfig, result: RunResult) -> None:
     measured = result.test or result.val
     if measured is not None:
         columns = shown_metrics(list(measured.scalars()), len(measured.confusion))
-        title = f"{config.method.name} on {config.model.name}"
+        from mooring.config.method_settings import method_title
+
+        title = f"{method_title(config.method)} on {config.model.name}"
         if result.best_epoch is not None:
             title += f", epoch {result.best_epoch + 1} of {config.train.epochs}"
         console.print(results_table(rows, columns, title=title, first="split"))

@@ -141,3 +141,9 @@ def method_names(value: object) -> tuple[str, ...]:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split("+")) if "+" in value else (value,)
     return tuple(str(part) for part in value) if isinstance(value, list | tuple) else ("",)
+
+
+def method_title(settings: Settings) -> str:
+    """The method's name as a user writes it: "dr_tune", "dr_tune+tes"."""
+    parts = settings.parts if isinstance(settings, CombinedSettings) else (settings,)
+    return "+".join(str(getattr(part, "name", "")) for part in parts)

@@ -29,6 +29,7 @@ def encode_texts(folder: Path, texts: Sequence[str]) -> Tensor:
         DataError: the folder holds no such model.
     """
     transformers = require("transformers", needed_for="class-name features (method.text)")
+    transformers.utils.logging.disable_progress_bar()  # loading a small local model is no news
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **options)

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from mooring.config.method_settings import method_title
 from mooring.config.schema import RunConfig
 from mooring.errors import RunFolderError
 from mooring.report.records import write_json_atomic, write_text_atomic
@@ -54,7 +55,7 @@ class RunFolder:
 def default_run_name(config: RunConfig, now: datetime | None = None) -> str:
     """``<data>-<model>-<method>-<time>``, safe as a folder name on every system."""
     model = Path(config.model.name.removeprefix("local-dir:")).name
-    words = [data_name(config.data.path), model, config.method.name]
+    words = [data_name(config.data.path), model, method_title(config.method)]
     safe = [re.sub(r"[^\w.]+", "_", word).strip("._") or "x" for word in words]
     return "-".join([*(word[:40] for word in safe), (now or datetime.now()).strftime("%Y%m%d-%H%M%S")])
 

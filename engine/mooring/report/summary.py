@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mooring.config.keys import all_keys
 from mooring.config.load import load_config, shipped_recipes
+from mooring.config.method_settings import method_title
 from mooring.errors import RunFolderError
 from mooring.report.metrics import counted, duration, shown_metrics
 from mooring.report.metrics_log import FILE_NAME, read_metrics
@@ -59,7 +60,7 @@ def run_summary(run: Path) -> list[RenderableType]:
                 "run": str(run),
                 "data": str(config.data.path),
                 "model": config.model.name,
-                "method": config.method.name,
+                "method": method_title(config.method),
                 "epochs": str(config.train.epochs),
                 "batch": f"{config.train.batch_size} x {config.train.accumulate}",
                 "seed": str(config.seed),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mooring.config.method_settings import CombinedSettings
+from mooring.config.method_settings import CombinedSettings, method_title
 from mooring.config.schema import RunConfig
 from mooring.config.settings import Settings
 from mooring.config.soft_settings import SoftFineTuningSettings
@@ -105,7 +105,7 @@ class Parts:
             parameters=parameter_count(self.method),
             trainable_parameters=parameter_count(self.method, trainable_only=True),
             model=self.config.model.name,
-            method=self.method.name,
+            method=method_title(self.config.method),
             device=str(self.backend.device),
             precision=self.precision,
             source=self.train_source.kind,
@@ -373,6 +373,6 @@ def _check_mixing(config: RunConfig, needs: Needs) -> None:
     if needs.mixing or not (config.train.mixup or config.train.cutmix):
         return
     raise ConfigError(
-        f"method.name={config.method.name} does not define mixup or cutmix (its bank holds one label a row): "
+        f"method.name={method_title(config.method)} does not define mixup or cutmix (its bank holds one label a row): "
         "set train.mixup=0 and train.cutmix=0, or take another method"
     )

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mooring.config.load import to_toml
+from mooring.config.method_settings import method_title
 from mooring.errors import MooringError, RunFolderError
 from mooring.models.encoder import Encoder
 from mooring.models.export import export
@@ -178,7 +179,7 @@ class Fit:
             self.folder.path / "model",
             self.engine.parts.classes,
             data_config={"input_size": (3, size, size)},
-            extra={"method": self.engine.method.name},
+            extra={"method": method_title(self.engine.config.method)},
         )
 
     def _keep_interrupted(self) -> EvalResult | None:
@@ -219,7 +220,7 @@ class Fit:
         self.folder.write_json(
             "result.json",
             {
-                "method": self.engine.method.name,
+                "method": method_title(self.engine.config.method),
                 "model": self.engine.config.model.name,
                 "best_epoch": result.best_epoch,
                 "val": result.val.scalars() if result.val else None,
