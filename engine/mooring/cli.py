@@ -10,9 +10,10 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from mooring.data.manifest import Manifest
     from mooring.report.predictions import Ranked
     from mooring.train.results import RunPlan, RunResult
+
+_Value = TypeVar("_Value")
 
 INTERRUPTED = 130
 USER_ERROR = 2
@@ -276,6 +279,77 @@ def train(
         raise typer.Exit(INTERRUPTED)
 
 
+@app.command(cls=_TrainCommand)
+def compare(
+    methods: Annotated[
+        str, typer.Option(metavar="A,B,C", help="Methods; several joined by + are one combination.")
+    ],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RECIPE | KEY=VALUE",
+            help="Settings of every run, as after mooring train: data=photos train.epochs=10.",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method, with seeds counting up.")] = 3,
+    shots: Annotated[
+        str | None, typer.Option(metavar="N,M", help="Train on that many images per class, each in turn.")
+    ] = None,
+    fraction: Annotated[
+        str | None, typer.Option(metavar="P,Q", help="Train on that share of each class, each in turn.")
+    ] = None,
+    lrs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="R,S",
+            help="Learning rates to choose from, for each method, on validation data of the first seed.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            readable=False,
+            help="Runs, records, table and picture; what is finished there is not run again. "
+            "\\[default: comparisons/NAME]",
+        ),
+    ] = None,
+) -> None:
+    """Run several methods with equal budgets over seeds; stopped with Ctrl-C, the same call goes on."""
+    from mooring.comparison.plan import Comparison
+    from mooring.config.load import load_config
+    from mooring.report.run_folder import data_name
+
+    recipe, overrides = _recipe_and_overrides(arguments or [])
+    comparison = Comparison(
+        methods=_listed("--methods", methods, str),
+        out=out or Path("comparisons") / data_name(load_config(recipe, overrides).data.path),
+        recipe=recipe,
+        overrides=overrides,
+        seeds=seeds,
+        shots=_listed("--shots", shots, int),
+        fractions=_listed("--fraction", fraction, float),
+        lrs=_listed("--lrs", lrs, float),
+    )
+    comparison.check()
+
+    from mooring.comparison.runner import run_comparison
+    from mooring.comparison.table import notes, terminal
+
+    outcome = run_comparison(comparison)
+    console = _stdout()
+    if any(record["role"] == "result" for record in outcome.records):
+        console.print(terminal(outcome.records, title=str(outcome.out)))
+        for note in notes(outcome.records):
+            console.print(f"- {escape(note)}")
+        console.print(
+            f"in {escape(str(outcome.out))}: records.jsonl, table.md, comparison.png, runs/", soft_wrap=True
+        )
+    if outcome.interrupted:
+        _fail("interrupted", f"finished runs are in {outcome.out}; the same command continues")
+        raise typer.Exit(INTERRUPTED)
+
+
 @app.command(name="eval")
 def evaluate(
     # readable=False, here and below: the message about a path is ours, where it is used
@@ -391,6 +465,17 @@ def info(
     console = _stdout()
     for part in parts:
         console.print(part)
+
+
+def _listed(option: str, text: str | None, kind: Callable[[str], _Value]) -> list[_Value]:
+    """``1,2,5`` as a list; none where the option is not given."""
+    if text is None:
+        return []
+    try:
+        return [kind(word.strip()) for word in text.split(",") if word.strip()]
+    except ValueError:
+        expected = "whole numbers" if kind is int else "numbers"
+        raise ConfigError(f"{option}: expected {expected} with commas between, got {text}") from None
 
 
 def _image_files(named: list[Path]) -> dict[Path, bool]:

@@ -33,6 +33,7 @@ OPTIONS = {
         "--split-column", "--help",
     },
     ("train",): {"--dry-run", "--resume", "--help"},
+    ("compare",): {"--methods", "--seeds", "--shots", "--fraction", "--lrs", "--out", "--help"},
     ("eval",): {"--data", "--split", "--help"},
     ("predict",): {"--top", "--out", "--overwrite", "--help"},
     ("info",): {"--keys", "--help"},
@@ -63,7 +64,7 @@ def test_options_are_frozen(command: tuple[str, ...]) -> None:
 
 def test_commands_are_frozen() -> None:
     group = typer.main.get_command(app)
-    assert list(group.commands) == ["scan", "train", "eval", "predict", "info"]  # type: ignore[attr-defined]
+    assert list(group.commands) == ["scan", "train", "compare", "eval", "predict", "info"]  # type: ignore[attr-defined]
 
 
 def test_version() -> None:

@@ -15,6 +15,8 @@ FROZEN: dict[str, Any] = {
     "data.source": "auto",
     "data.augment": "standard",
     "data.val_fraction": 0.15,
+    "data.shots": None,
+    "data.fraction": None,
     "data.workers": 2,
     "data.max_pixels": 100_000_000,
     "data.image_column": None,

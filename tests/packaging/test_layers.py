@@ -20,7 +20,10 @@ ALLOWED: dict[str, set[str]] = {
     "report": _GROUND | {"config", "data", "models"},
     "methods": _GROUND | {"config", "data", "models"},
     "train": _GROUND | {"config", "data", "models", "state", "report", "methods"},
-    "cli": _GROUND | {"config", "data", "models", "state", "report", "methods", "train", "launch"},
+    "comparison": _GROUND | {"config", "data", "report", "methods", "train"},
+    "advice": _GROUND | {"config", "data", "models", "report", "methods", "train", "comparison"},
+    "cli": _GROUND
+    | {"config", "data", "models", "state", "report", "methods", "train", "launch", "comparison", "advice"},
 }
 MAY_USE_KERNELS = {"methods", "models", "train", "cli", "report"}
 # Parts that a user may not have: imported inside functions only, so that `import mooring` works without.

@@ -33,6 +33,12 @@ class DataSettings(Settings):
     val_fraction: float = Field(
         default=0.15, gt=0, lt=1, description="share of train used for validation where no val split is given"
     )
+    shots: int | None = Field(
+        default=None, ge=1, description="train on that many images per class, drawn by seed; none: on all"
+    )
+    fraction: float | None = Field(
+        default=None, gt=0, le=1, description="train on that share of each class, drawn by seed; none: on all"
+    )
     workers: int = Field(
         default=2,
         ge=1,
@@ -65,6 +71,12 @@ class DataSettings(Settings):
     @classmethod
     def _home_is_expanded(cls, value: Path) -> Path:
         return value.expanduser()
+
+    @model_validator(mode="after")
+    def _one_way_to_take_a_part(self) -> DataSettings:
+        if self.shots is not None and self.fraction is not None:
+            raise ValueError("data.shots and data.fraction both choose training images: give one of them")
+        return self
 
 
 class ModelSettings(Settings):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette: told apart by colour-blind eyes and in print.
 _BLUE, _ORANGE, _GREEN, _GREY, _RED = "#0072B2", "#E69F00", "#009E73", "#8A8A8A", "#D55E00"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -121,7 +121,7 @@ def draw_curves(records: Iterable[Record], best_epoch: int | None = None) -> Fig
     test = [record for record in records if record.kind == "test"]
     # epochs end where validation records stand; without any, the axis counts steps
     per_epoch = val[0].step / (val[0].epoch + 1) if val and val[0].step else 1.0
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(8, 9), dpi=130, layout="constrained")
         loss, accuracy, rate = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 1.4])
         for axes, title in ((loss, "Loss"), (accuracy, "Accuracy (%)"), (rate, "Learning rate")):
@@ -262,7 +262,7 @@ def draw_confusion(counts: np.ndarray, classes: Sequence[str], split: str | None
     side = max(4.0, number * cell) if number <= _NAMES_UP_TO else 12.0
     font = 9.0 if number <= _NUMBERS_UP_TO else max(6.0, 72 * cell * 0.62)
     confusions = _confusions(counts, totals[:, 0], classes)
-    with rc_context({**_STYLE, "axes.grid": False, "font.family": _fonts()}):
+    with rc_context({**STYLE, "axes.grid": False, "font.family": _fonts()}):
         width = side + (5.2 if confusions else 2.2)
         figure = Figure(figsize=(width, side + 1.8), dpi=130, layout="constrained")
         if confusions:

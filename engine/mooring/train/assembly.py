@@ -26,6 +26,7 @@ from mooring.data.row_stream import RowStream
 from mooring.data.source import EpochSource
 from mooring.data.source_task import source_split
 from mooring.data.sources import make_source
+from mooring.data.subset import training_subset
 from mooring.data.text_features import class_text_features, too_alike
 from mooring.errors import ConfigError, DataError
 from mooring.methods.base import Method, Needs, Resources
@@ -130,6 +131,10 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
     precision = choose_precision(config.train.precision, device)
     backend = LocalBackend(device, precision)
     manifest = open_data(config, scan_progress)
+    if config.data.shots is not None or config.data.fraction is not None:
+        manifest = training_subset(
+            manifest, shots=config.data.shots, fraction=config.data.fraction, seed=config.seed
+        )
     config = _fitting_batch(config, manifest.counts["train"])
     train = config.train
     encoder = _encoder(config).to(device)

@@ -15,6 +15,7 @@ from mooring.config.schema import RunConfig
 from mooring.data.batch import Batch
 from mooring.data.source import EpochSource
 from mooring.methods.base import At, SetupContext, StepOutput
+from mooring.report.progress import Progress
 from mooring.report.run_folder import check_run_folder
 from mooring.train import checkpoint
 from mooring.train.assembly import Parts, assemble
@@ -255,17 +256,23 @@ class Engine:
         if group:
             yield group
 
-    def fit(self) -> RunResult:
+    def fit(self, *, test: bool = True, progress: Progress | None = None) -> RunResult:
         """Trains, validates every epoch, keeps the best epoch, tests it once, exports it.
 
         Ctrl-C ends the run early and leaves a valid run folder.
+
+        Args:
+            test: False leaves the test split alone, for runs that a choice is made among; a finished run
+                that is continued with ``test=True`` makes up for it.
+            progress: what shows the run, where several runs share one display; None: as
+                ``report.progress`` says.
 
         Raises:
             MooringError: the run cannot go on; what was finished is kept.
         """
         from mooring.train.fit import fit
 
-        return fit(self)
+        return fit(self, test=test, progress=progress)
 
     def __enter__(self) -> Self:
         return self

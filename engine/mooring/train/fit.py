@@ -19,7 +19,7 @@ from mooring.models.export import export
 from mooring.report.environment import write_environment
 from mooring.report.metrics_log import MetricsLog
 from mooring.report.plots import draw_run
-from mooring.report.progress import make_progress
+from mooring.report.progress import Progress, make_progress
 from mooring.report.run_folder import LOG_BYTES, RunFolder, default_run_name, open_run_folder
 from mooring.state.tree import load_tree, save_tree
 from mooring.train.checkpoint import resumable_state
@@ -39,16 +39,27 @@ class Fit:
         engine: freshly built, or resumed.
         folder: where the run is recorded.
         resumed: the folder holds the first part of this run.
+        test: whether the best epoch is tested, where there is a test split.
+        progress: what shows the run; None: as ``report.progress`` says.
     """
 
-    def __init__(self, engine: Engine, folder: RunFolder, *, resumed: bool) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        folder: RunFolder,
+        *,
+        resumed: bool,
+        test: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
         self.engine = engine
         self.folder = folder
+        self.test = test
         report = engine.config.report
         self.log = MetricsLog(
             folder.path, tensorboard=report.tensorboard, resume_step=engine.global_step if resumed else None
         )
-        self.progress = make_progress(report.progress)
+        self.progress = progress or make_progress(report.progress)
         self.interrupt = Interrupt(lambda: self.progress.note("interrupted: finishing this step"))
         # over all parts of an interrupted run
         self.seconds, self.seconds_training, self.images = engine.clock
@@ -205,7 +216,7 @@ class Fit:
         engine.method.load_state_dict(weights)
         if engine.ema is not None:
             engine.ema.copy_from(engine.method)  # the best weights are averaged already
-        if engine.test_source is None:
+        if engine.test_source is None or not self.test:
             return val, None
         tested = self.folder.path / "test"
         if tested.is_dir():  # a finished run that is resumed: the test split is looked at once
@@ -263,13 +274,13 @@ def _tensor_bytes(tree: Any) -> int:
     return tree.numel() * tree.element_size() if isinstance(tree, Tensor) else 0
 
 
-def fit(engine: Engine) -> RunResult:
+def fit(engine: Engine, *, test: bool = True, progress: Progress | None = None) -> RunResult:
     """See ``Engine.fit``."""
     with engine:
-        return _fit(engine)
+        return _fit(engine, test, progress)
 
 
-def _fit(engine: Engine) -> RunResult:
+def _fit(engine: Engine, test: bool, progress: Progress | None) -> RunResult:
     config = engine.config
     state = resumable_state(config)
     out = state.parent if state is not None else config.out or Path("runs") / default_run_name(config)
@@ -283,7 +294,7 @@ def _fit(engine: Engine) -> RunResult:
         folder.write_text("config.toml", to_toml(config.model_copy(update={"resume": None})))
         write_environment(folder)
         engine.parts.manifest.save(folder.path / "manifest")
-        run = Fit(engine, folder, resumed=state is not None)
+        run = Fit(engine, folder, resumed=state is not None, test=test, progress=progress)
         for note in engine.resume_notes:
             run.progress.note(note)
         return run.run()
