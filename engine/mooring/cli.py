@@ -550,14 +550,15 @@ def _print_result(config: RunConfig, result: RunResult) -> None:
     from mooring.report.metrics import duration, shown_metrics
     from mooring.report.table import Row, results_table
 
-    evaluated = (("validation", result.val), ("test", result.test))
-    rows = [Row(name, found.scalars()) for name, found in evaluated if found is not None]
+    rows = [Row({"val": "validation"}.get(name, name), values) for name, values in result.rows().items()]
     console = _stdout()
     measured = result.test or result.val
     if measured is not None:
-        columns = shown_metrics(list(measured.scalars()), len(measured.confusion))
         from mooring.config.method_settings import method_title
 
+        columns = shown_metrics(
+            list(dict.fromkeys(name for row in rows for name in row.values)), len(measured.confusion)
+        )
         title = f"{method_title(config.method)} on {config.model.name}"
         if result.best_epoch is not None:
             title += f", epoch {result.best_epoch + 1} of {config.train.epochs}"

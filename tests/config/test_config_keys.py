@@ -22,6 +22,7 @@ FROZEN: dict[str, Any] = {
     "data.image_column": None,
     "data.label_column": None,
     "data.split_column": None,
+    "data.extra_test": {},
     "out": None,
     "seed": 0,
     "resume": None,
@@ -80,6 +81,11 @@ FROZEN: dict[str, Any] = {
     "method.soft_granularity": "step",
     "method.target_weight": "one",
     "method.source_bn": "auto",
+    "method.conversion": True,
+    "method.zero_head": True,
+    "method.head_lr": "auto",
+    "method.calib_transform": "train",
+    "method.calib_images": None,
     "train.epochs": 20,
     "train.batch_size": 32,
     "train.accumulate": 1,
@@ -117,6 +123,7 @@ FROZEN: dict[str, Any] = {
     "report.log_every": 10,
     "report.tensorboard": True,
     "report.plots": True,
+    "report.distortion": False,
 }
 # `data` and `method` themselves are the short forms of data.path and method.name
 PROMISED = (

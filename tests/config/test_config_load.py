@@ -225,6 +225,24 @@ def test_one_wrong_setting_is_one_line(override: str, line: str) -> None:
     assert lines_of(error) == ["1 setting is wrong:", line]
 
 
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("data.extra_test=photos", 'data.extra_test: got "photos"; expected a table of NAME = a path'),
+        ("data.extra_test.a.b=c", "expected names of letters, digits, - and _; got 'a.b'"),
+        ("data.extra_test.a=", "expected a path for a; got empty text"),
+        ("data.extra_tests.a=b", "there is no such key, the nearest is data.extra_test"),
+        ("method.head_lr=fast", 'method.head_lr: got "fast"; expected a number > 0 or auto, or none'),
+        ("method.head_lr=0", "method.head_lr: got 0; expected a number > 0 or auto, or none"),
+    ],
+)
+def test_a_wrong_table_or_union_is_one_line(override: str, line: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(None, ["data=photos", "method=daft", override])
+    _, only = lines_of(error)
+    assert line in only
+
+
 def test_sgd_with_nesterov_needs_momentum() -> None:
     with pytest.raises(
         ConfigError, match=r"optimizer: nesterov needs momentum > 0: set optimizer\.nesterov=false"
@@ -268,6 +286,22 @@ def test_a_recipes_errors_are_listed_with_the_overrides(tmp_path: Path) -> None:
 def test_toml_round_trip_of_every_method(method: str) -> None:
     config = load_config(None, ["data=photos", f"method={method}"])
     assert config_from_toml(to_toml(config)) == config
+
+
+def test_extra_test_sets_are_a_table_of_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = recipe(tmp_path, 'data = "photos"\n')
+    overrides = ["data.extra_test.sketch=2024", 'data.extra_test={art="a b", web-2="~/w"}']
+    config = load_config(file, overrides)
+    assert config.data.extra_test == {
+        "sketch": Path("2024"), "art": Path("a b"), "web-2": Path("~/w").expanduser(),
+    }  # fmt: skip
+    assert config_from_toml(to_toml(config)) == config
+    monkeypatch.chdir(tmp_path)
+    assert absolute_paths(config).data.extra_test["sketch"] == tmp_path / "2024"
+    again = load_config(
+        recipe(tmp_path, to_toml(config)), ["data.extra_test.art=none", "data.extra_test.sketch=c"]
+    )
+    assert again.data.extra_test == {"sketch": Path("c"), "web-2": Path("~/w").expanduser()}
 
 
 @pytest.mark.parametrize("given", ['method=["lp_ft", "dr_tune"]', "method=lp_ft+dr_tune"])
@@ -323,7 +357,8 @@ def test_toml_leaves_out_what_is_none_and_names_the_rest() -> None:
     text = to_toml(load_config(None, ["data=photos"]))
     for key in all_keys().values():
         if key.default is not None and key.methods in ((), ("dr_tune",)):
-            assert f"{key.name.rpartition('.')[2]} = " in text
+            written = f"[{key.name}]" if key.table else f"{key.name.rpartition('.')[2]} = "
+            assert written in text
     assert "none" not in text.lower()
 
 

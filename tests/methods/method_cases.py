@@ -18,6 +18,7 @@ from mooring.config.baseline_settings import (
     LwFSettings,
     StochNormSettings,
 )
+from mooring.config.daft_settings import DAFTSettings
 from mooring.config.method_settings import (
     DRTuneSettings,
     FineTuneSettings,
@@ -49,6 +50,7 @@ SETTINGS: dict[str, Settings] = {
     "co_tuning": CoTuningSettings(),
     "tes": TeSSettings(projection_width=32),
     "soft_fine_tuning": SoftFineTuningSettings(source_batch_size=8),
+    "daft": DAFTSettings(),
 }
 SOURCE_CLASSES = 6
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
@@ -48,6 +48,7 @@ class Key:
     text: bool
     optional: bool
     methods: tuple[str, ...] = ()
+    table: bool = False  # of entries under names that the user chooses: ``data.extra_test.NAME``
 
 
 METHODS: dict[str, type[Settings]] = method_tables()
@@ -56,8 +57,8 @@ METHODS: dict[str, type[Settings]] = method_tables()
 def _without_none(annotation: Any) -> tuple[Any, bool]:
     if get_origin(annotation) in (Union, types.UnionType):
         members = [member for member in get_args(annotation) if member is not type(None)]
-        if len(members) == 1:
-            return members[0], True
+        if len(members) < len(get_args(annotation)):
+            return members[0] if len(members) == 1 else Union[tuple(members)], True  # noqa: UP007  made at run time
     return annotation, False
 
 
@@ -95,6 +96,14 @@ def _items(annotation: Any) -> str:
 
 
 def _expected(annotation: Any, metadata: list[Any]) -> str:
+    if get_origin(annotation) is dict:
+        return f"a table of NAME = {_expected(get_args(annotation)[1], [])}"
+    if get_origin(annotation) is Annotated:
+        inner, *notes = get_args(annotation)
+        return _expected(inner, [limit for note in notes for limit in getattr(note, "metadata", [note])])
+    if get_origin(annotation) in (Union, types.UnionType):
+        members = [member for member in get_args(annotation) if member is not type(None)]
+        return " or ".join(_expected(member, metadata).removeprefix("one of ") for member in members)
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(map(str, get_args(annotation)))
     if get_origin(annotation) is tuple:
@@ -115,6 +124,7 @@ def _key(name: str, field: FieldInfo, methods: tuple[str, ...] = ()) -> Key:
     elif isinstance(default, tuple):
         default = list(default)
     literal = get_origin(annotation) is Literal
+    table = get_origin(annotation) is dict
     return Key(
         name=name,
         expected=_expected(annotation, field.metadata) + (", or none" if optional else ""),
@@ -125,6 +135,7 @@ def _key(name: str, field: FieldInfo, methods: tuple[str, ...] = ()) -> Key:
         text=literal or annotation in (str, Path),
         optional=optional,
         methods=methods,
+        table=table,
     )
 
 
@@ -159,6 +170,25 @@ def _walk() -> Iterator[Key]:
 def all_keys() -> dict[str, Key]:
     """Dotted name -> key, in the order of the schema; a method's keys once for all its methods."""
     return {key.name: key for key in _walk()}
+
+
+def find_key(name: str) -> Key | None:
+    """The key that ``name`` sets: one of ``all_keys``, or an entry of a table, ``data.extra_test.NAME``."""
+    known = all_keys().get(name)
+    if known is not None:
+        return known
+    for key in all_keys().values():
+        if key.table and name.startswith(key.name + "."):
+            return replace(
+                key,
+                name=name,
+                expected=key.expected.removeprefix("a table of NAME = ") + ", or none",
+                default=None,
+                text=True,
+                optional=True,
+                table=False,
+            )
+    return None
 
 
 SECTIONS: tuple[str, ...] = tuple(

@@ -17,7 +17,7 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from mooring.config.keys import DEFAULT_METHOD, METHODS, SECTIONS, SHORTHANDS, all_keys, nearest
+from mooring.config.keys import DEFAULT_METHOD, METHODS, SECTIONS, SHORTHANDS, all_keys, find_key, nearest
 from mooring.config.method_settings import CombinedSettings, MethodSettings, method_names
 from mooring.config.schema import RunConfig
 from mooring.errors import ConfigError
@@ -79,7 +79,12 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         model["weights"] = str(_absolute(config.model.weights))
     return config.model_copy(
         update={
-            "data": config.data.model_copy(update={"path": _absolute(config.data.path)}),
+            "data": config.data.model_copy(
+                update={
+                    "path": _absolute(config.data.path),
+                    "extra_test": {name: _absolute(path) for name, path in config.data.extra_test.items()},
+                }
+            ),
             "model": config.model.model_copy(update=model),
             "method": _absolute_method(config.method),
         }
@@ -192,7 +197,7 @@ def _parse_overrides(overrides: Sequence[str], problems: list[str]) -> _Flat:
 
 def _override(key: str, raw: str) -> Iterable[tuple[str, Any]]:
     name = SHORTHANDS.get(key, key)
-    known = all_keys().get(name)
+    known = find_key(name)
     if known is not None and known.optional and raw.lower() in ("none", "null"):
         return [(name, None)]
     try:
@@ -223,7 +228,9 @@ def _build(flat: _Flat, problems: list[str]) -> RunConfig:
         if problem is not None:
             problems.append(problem)
             continue
-        *parents, leaf = key.split(".")
+        *parents, leaf = _path(key)
+        if value is None and key not in all_keys():
+            continue  # an entry of a table that is taken out again
         table = tree
         for parent in parents:
             table = table.setdefault(parent, {})
@@ -241,10 +248,18 @@ def _build(flat: _Flat, problems: list[str]) -> RunConfig:
     raise ConfigError("\n  ".join([f"{count}:", *problems]))
 
 
+def _path(key: str) -> list[str]:
+    """Where a key stands in the tree of settings; the name of a table's entry is one part, dots and all."""
+    for known in all_keys().values():
+        if known.table and key.startswith(known.name + "."):
+            return [*known.name.split("."), key.removeprefix(known.name + ".")]
+    return key.split(".")
+
+
 def _unknown(key: str, value: Any, method: Any) -> str | None:
     """What is wrong with the key itself, or None."""
     names = all_keys()
-    known = names.get(key)
+    known = find_key(key)
     if known is None:
         got = f"{key}: got {_shown(value)}; "
         if key in SECTIONS:
@@ -268,9 +283,11 @@ def _explain(err: ValidationError, flat: _Flat) -> list[str]:
         if where[0] == "method" and len(where) > 1:
             del where[1]  # the union's tag
         key = ".".join(where)
+        while find_key(key) is None and find_key(key.rpartition(".")[0]) is not None:
+            key = key.rpartition(".")[0]  # which member of a union was tried
         if problem["type"].startswith("union_tag"):
             key = "method.name"
-        known = all_keys().get(key)
+        known = find_key(key)
         if problem["type"] == "value_error":
             got = f"got {_shown(flat[key])}; " if key in flat else ""
             lines[key] = f"{key}: {got}{problem.get('ctx', {}).get('error')}"

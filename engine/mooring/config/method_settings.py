@@ -16,6 +16,7 @@ from mooring.config.baseline_settings import (
     LwFSettings,
     StochNormSettings,
 )
+from mooring.config.daft_settings import DAFTSettings
 from mooring.config.settings import Settings
 from mooring.config.soft_settings import SoftFineTuningSettings
 from mooring.config.tes_settings import TeSSettings
@@ -109,7 +110,8 @@ SingleMethod = Annotated[
     | FeatureDistillationSettings
     | CoTuningSettings
     | TeSSettings
-    | SoftFineTuningSettings,
+    | SoftFineTuningSettings
+    | DAFTSettings,
     Field(discriminator="name"),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +16,8 @@ from mooring.config.method_settings import (
     method_names,
     method_tables,
 )
+
+_SET_NAME = re.compile(r"[A-Za-z0-9_-]+")  # a folder, a line of the log and a TensorBoard tag are named by it
 
 
 class DataSettings(Settings):
@@ -59,6 +62,12 @@ class DataSettings(Settings):
         default=None, min_length=1, description="column of a list with train, val or test"
     )
 
+    extra_test: dict[str, Annotated[Path, Field(strict=False)]] = Field(
+        default_factory=dict,
+        description="further test sets by name, with classes of the run: data.extra_test.NAME=DIR; each is measured "
+        "once, on the selected weights",
+    )
+
     @field_validator("path", mode="before")
     @classmethod
     def _a_path_is_given(cls, value: Any) -> Any:
@@ -66,6 +75,21 @@ class DataSettings(Settings):
         if isinstance(value, str | Path) and not str(value).strip():
             raise ValueError("expected a path; got empty text (an unset shell variable?)")
         return value
+
+    @field_validator("extra_test", mode="before")
+    @classmethod
+    def _each_has_a_name_and_a_path(cls, value: Any) -> Any:
+        for name, path in value.items() if isinstance(value, dict) else ():
+            if not _SET_NAME.fullmatch(str(name)):
+                raise ValueError(f"expected names of letters, digits, - and _; got {str(name)!r}")
+            if isinstance(path, str | Path) and not str(path).strip():
+                raise ValueError(f"expected a path for {name}; got empty text (an unset shell variable?)")
+        return value
+
+    @field_validator("extra_test")
+    @classmethod
+    def _homes_are_expanded(cls, value: dict[str, Path]) -> dict[str, Path]:
+        return {name: path.expanduser() for name, path in value.items()}
 
     @field_validator("path")
     @classmethod
@@ -209,6 +233,11 @@ class ReportSettings(Settings):
     log_every: int = Field(default=10, ge=1, description="optimizer steps between drained metrics")
     tensorboard: bool = Field(default=True, description="write TensorBoard events into the run folder")
     plots: bool = Field(default=True, description="draw curves.png and confusion.png at the end")
+    distortion: bool = Field(
+        default=False,
+        description="measure how far the selected encoder's features are from the pretrained ones, on every "
+        "evaluated set; costs two forward passes over them and a copy of the encoder",
+    )
 
 
 class RunConfig(Settings):

@@ -66,7 +66,9 @@ class SetupContext:
         autocast: a context factory for the run's precision.
         seed: the run's seed, for generators of the method's own.
         head_lr: peak learning rate of the head as configured; None outside the engine.
-        clean: one pass over the training images with the test-time preprocessing; None: ``warm_up``.
+        clean: one pass over the training images with the test-time preprocessing, in batches of the training's
+            size and in random order; None: ``warm_up``.
+        optimizer: its name, as configured; None outside the engine.
     """
 
     device: torch.device
@@ -79,6 +81,7 @@ class SetupContext:
     seed: int = 0
     head_lr: float | None = None
     clean: Callable[[], Iterator[Batch]] | None = None
+    optimizer: str | None = None
 
     def clean_images(self) -> Iterator[Batch]:
         """One pass over the training images as the test sees them; as ``warm_up`` where there is no such pass."""

@@ -12,6 +12,7 @@ from mooring.methods.base import Method, Needs, Resources
 from mooring.methods.bss import BSS
 from mooring.methods.co_tuning import CoTuning
 from mooring.methods.combined import Combined, check_combination, merged_needs, ordered
+from mooring.methods.daft import DAFT
 from mooring.methods.delta import DELTA
 from mooring.methods.dr_tune import DRTune
 from mooring.methods.feature_distillation import FeatureDistillation
@@ -40,6 +41,7 @@ _CLASSES: tuple[type[Method], ...] = (
     CoTuning,
     TeS,
     SoftFineTuning,
+    DAFT,
 )
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _CLASSES}
 

@@ -252,7 +252,8 @@ def collect_statistics(
             seen += len(images)
             if isinstance(features, Tensor) and features.dim() == 2:
                 rows = features.float()
-                product = (rows.T @ rows).double()
+                with torch.autocast(rows.device.type, enabled=False):
+                    product = (rows.T @ rows).double()
                 moment = product if moment is None else moment.add_(product)
                 counted += len(rows)
             if max_images is not None and seen >= max_images:
@@ -348,6 +349,15 @@ def convert_(encoder: nn.Module, statistics: Statistics, *, max_ratio: float = m
     }
     note = f"converted {len(chosen)} BatchNorm layers, {len(skipped)} skipped, outliers in {len(outliers)}"
     return Conversion(tuple(targets), skipped, outliers, note)
+
+
+def give_affine_(encoder: nn.Module) -> None:
+    """Gives every layer that can be converted a weight and a bias (1 and 0) where it has none, in place.
+
+    ``convert_`` does it too; do it earlier where something takes the list of parameters before.
+    """
+    for layer in _tracking_layers(encoder).values():
+        _give_affine(layer)
 
 
 def _buffer(tensor: Tensor | None) -> Tensor:

@@ -39,6 +39,8 @@ METRICS: Mapping[str, Metric] = {
     "mean_per_class": Metric("mean per class", "share", "high"),
     "ece": Metric("calibration error", "share", "low"),
     "nll": Metric("NLL", better="low"),
+    "feature_cosine": Metric("cosine"),
+    "feature_distance": Metric("distance"),
     "images_per_second": Metric("images/s", "rate", "high"),
 }
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from mooring.errors import RunFolderError
 from mooring.report.records import from_json_number, json_line
@@ -15,7 +15,6 @@ from mooring.report.records import from_json_number, json_line
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-Kind = Literal["train", "val", "test", "note"]
 FILE_NAME = "metrics.jsonl"
 _RESUMED = "resumed_at_step"
 
@@ -25,13 +24,14 @@ class Record:
     """One line of the log.
 
     Attributes:
-        kind: ``train`` (means since the last line), ``val`` and ``test`` (one evaluation), ``note``.
+        kind: ``train`` (means since the last line), ``val``, ``test`` and ``test/NAME`` (one evaluation; NAME as in
+            ``data.extra_test``), ``note``.
         step: optimizer steps done.
         epoch: from 0.
         values: metric -> number; a note may hold text.
     """
 
-    kind: Kind
+    kind: str
     step: int
     epoch: int
     values: Mapping[str, Any]
@@ -58,7 +58,7 @@ class MetricsLog:
         if resume_step is not None:
             self.write("note", step=resume_step, epoch=0, values={_RESUMED: resume_step})
 
-    def write(self, kind: Kind, *, step: int, epoch: int, values: Mapping[str, Any]) -> None:
+    def write(self, kind: str, *, step: int, epoch: int, values: Mapping[str, Any]) -> None:
         """Appends one line. Non-finite numbers are written as ``"nan"``, ``"inf"`` and ``"-inf"``."""
         record = {"kind": kind, "step": step, "epoch": epoch, "values": values}
         self._file.write(json_line(record) + "\n")
@@ -66,7 +66,7 @@ class MetricsLog:
         if self._events_folder is not None and kind != "note":
             self._write_events(kind, step, values)
 
-    def _write_events(self, kind: Kind, step: int, values: Mapping[str, Any]) -> None:
+    def _write_events(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if self._events is None:
             from torch.utils.tensorboard import SummaryWriter  # a second or two: only where a line is written
 

@@ -96,7 +96,7 @@ class _Shown(Progress):
             for name in shown_metrics(_EVALUATION_ORDER, self._plan.classes if self._plan else None)
             if name in values
         ]
-        where = "test, best epoch" if kind == "test" else kind
+        where = f"{kind}, best epoch" if kind.startswith("test") else kind
         self.line(f"epoch {epoch + 1}/{self._epochs}  {where}  {'  '.join(shown)}")
 
     def note(self, text: str) -> None:

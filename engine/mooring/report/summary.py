@@ -90,9 +90,14 @@ def run_summary(run: Path) -> list[RenderableType]:
 
 def _result(result: Mapping[str, Any], classes: int | None) -> list[RenderableType]:
     parts: list[RenderableType] = []
-    rows = [Row(split, _numbers(result[split])) for split in ("val", "test") if result.get(split)]
+    measured = {split: result[split] for split in ("val", "test") if result.get(split)}
+    measured |= {f"test/{name}": values for name, values in result.get("extra_tests", {}).items()}
+    moved = result.get("distortion", {})
+    rows = [Row(name, _numbers(values | moved.get(name, {}))) for name, values in measured.items()]
     if rows:
-        columns = shown_metrics(["top1", "top5", "mean_per_class", "ece", "nll"], classes)
+        names = ["top1", "top5", "mean_per_class", "ece", "nll"]
+        names += ["feature_cosine", "feature_distance"] * bool(moved)
+        columns = shown_metrics(names, classes)
         parts += ["", results_table(rows, columns, first="split")]
     end = "Interrupted" if result["interrupted"] else "Finished"
     best = "" if result["best_epoch"] is None else f", best epoch {result['best_epoch'] + 1}"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mooring.config.daft_settings import DAFTSettings
 from mooring.config.method_settings import CombinedSettings, method_title
 from mooring.config.schema import RunConfig
 from mooring.config.settings import Settings
@@ -31,7 +32,7 @@ from mooring.data.text_features import class_text_features, too_alike
 from mooring.errors import ConfigError, DataError
 from mooring.methods.base import Method, Needs, Resources
 from mooring.methods.registry import build_method, needs_of
-from mooring.models.batchnorm import freeze_statistics, parameter_count
+from mooring.models.batchnorm import FrozenEncoder, freeze_statistics, frozen_copy, parameter_count
 from mooring.models.ema import WeightEMA
 from mooring.models.encoder import Encoder, build_encoder
 from mooring.models.export import assemble as assemble_export
@@ -39,6 +40,7 @@ from mooring.models.groups import parameter_groups
 from mooring.models.head import build_head
 from mooring.models.pretrained_head import pretrained_head
 from mooring.models.weights import cache_folder
+from mooring.train.extra_tests import open_extra_tests
 from mooring.train.local_backend import LocalBackend
 from mooring.train.optimizers import build_optimizer, default_lr
 from mooring.train.precision import choose_device, choose_precision
@@ -68,9 +70,11 @@ class Parts:
     train_source: EpochSource
     val_source: EpochSource
     test_source: EpochSource | None
+    extra_test_sources: dict[str, EpochSource]
     source_stream: RowStream | None
     warm_up_source: Callable[[], EpochSource]
     clean_source: Callable[[], EpochSource]
+    pretrained: FrozenEncoder | None
     eval_size: int
     precision: str
     lr: float
@@ -135,9 +139,12 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
         manifest = training_subset(
             manifest, shots=config.data.shots, fraction=config.data.fraction, seed=config.seed
         )
+    extra_tests = open_extra_tests(config.data, manifest.classes, scan_progress)
     config = _fitting_batch(config, manifest.counts["train"])
     train = config.train
     encoder = _encoder(config).to(device)
+    # before the method touches it; a continued run gets it from the same weights
+    pretrained = frozen_copy(encoder, fold=False) if config.report.distortion else None
     head = build_head(
         encoder.feature_dim, len(manifest.classes), std=getattr(config.method, "head_init_std", 0.01)
     )
@@ -162,12 +169,13 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
     views = [{"train": training, "mild": mild(model_input)}[view] for view in needs.views]
     testing = evaluation(ModelInput.from_model_config(encoder.data_config, size=eval_size))
 
-    def source(split: str, *, is_training: bool, seed: int = config.seed) -> EpochSource:
+    def source(split: str | Split, *, is_training: bool, seed: int = config.seed) -> EpochSource:
+        rows = manifest.split(split) if isinstance(split, str) else split
         return make_source(
             config.data.source,
-            manifest.split(split),
+            rows,
             training if is_training else testing,
-            batch_size=train.batch_size if is_training else _eval_batch(config, manifest.counts[split]),
+            batch_size=train.batch_size if is_training else _eval_batch(config, len(rows)),
             training=is_training,
             seed=seed,
             workers=config.data.workers,
@@ -194,11 +202,23 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
             )
         )
 
+    def clean_source() -> EpochSource:
+        # shuffled: a batch of one class has other statistics than the batches of the training
+        return make_source(
+            config.data.source,
+            manifest.split("train"),
+            testing,
+            batch_size=train.batch_size,
+            training=True,
+            seed=config.seed ^ _WARM_UP_SEED,
+            workers=config.data.workers,
+            device=device,
+            drop_last=False,
+        )
+
     train_source = source("train", is_training=True)
     lr = config.optimizer.lr or default_lr(config.optimizer.name)
-    multiplier = config.optimizer.head_lr_multiplier or method.head_lr_multiplier(
-        train.batch_size * train.accumulate, config.optimizer.name
-    )
+    multiplier = _head_lr_multiplier(config, method, lr)
     groups = parameter_groups(
         method,
         method.parameter_roles(),
@@ -221,14 +241,41 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
         train_source=train_source,
         val_source=source("val", is_training=False),
         test_source=source("test", is_training=False) if "test" in manifest.counts else None,
+        extra_test_sources={name: source(rows, is_training=False) for name, rows in extra_tests.items()},
         source_stream=None if source_images is None else source_stream(source_images),
         warm_up_source=warm_up_source,
-        clean_source=lambda: source("train", is_training=False),
+        clean_source=clean_source,
+        pretrained=pretrained,
         eval_size=eval_size,
         precision=precision,
         lr=lr,
         head_lr=lr * multiplier,
         steps_per_epoch=steps_per_epoch,
+    )
+
+
+def _parts_of(method: Settings) -> Sequence[Settings]:
+    return method.parts if isinstance(method, CombinedSettings) else (method,)
+
+
+def _head_lr_multiplier(config: RunConfig, method: Method, lr: float) -> float:
+    """Head learning rate over backbone learning rate.
+
+    Raises:
+        ConfigError: two settings decide it.
+    """
+    optimizer = config.optimizer
+    given = next((part.head_lr for part in _parts_of(config.method) if isinstance(part, DAFTSettings)), None)
+    decides = isinstance(given, float) or (given == "auto" and optimizer.name == "sgd")
+    if decides and optimizer.head_lr_multiplier is not None:
+        raise ConfigError(
+            f"method.head_lr={given} is the head's rate itself: leave out optimizer.head_lr_multiplier="
+            f"{optimizer.head_lr_multiplier}, or set method.head_lr=none"
+        )
+    if isinstance(given, float):
+        return given / lr
+    return optimizer.head_lr_multiplier or method.head_lr_multiplier(
+        config.train.batch_size * config.train.accumulate, optimizer.name
     )
 
 
@@ -256,8 +303,7 @@ def _resources(config: RunConfig, needs: Needs, manifest: Manifest, encoder: Enc
 
 def _part(method: Settings, table: type[_Table]) -> _Table:
     """The settings of the one method, or of that part of several, which this table belongs to."""
-    parts = method.parts if isinstance(method, CombinedSettings) else (method,)
-    return next(part for part in parts if isinstance(part, table))
+    return next(part for part in _parts_of(method) if isinstance(part, table))
 
 
 def _source_images(config: RunConfig, needs: Needs, manifest: Manifest, resources: Resources) -> Split | None:

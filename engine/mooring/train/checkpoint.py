@@ -134,6 +134,8 @@ def _comparable(engine: Engine) -> dict[str, str]:
 
     walk("", {k: v for k, v in engine.config.model_dump(mode="json").items() if k not in _FREE})
     flat.pop("data.workers", None)  # decoding order does not depend on it
+    for name in [name for name in flat if name.startswith("data.extra_test")]:
+        del flat[name]  # looked at when the training is over
     # what `auto` became on this machine
     parts = engine.parts
     flat |= {

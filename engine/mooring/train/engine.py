@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -14,12 +15,14 @@ from mooring.config.load import absolute_paths
 from mooring.config.schema import RunConfig
 from mooring.data.batch import Batch
 from mooring.data.source import EpochSource
+from mooring.errors import ConfigError
 from mooring.methods.base import At, SetupContext, StepOutput
 from mooring.report.progress import Progress
 from mooring.report.run_folder import check_run_folder
 from mooring.train import checkpoint
 from mooring.train.assembly import Parts, assemble
 from mooring.train.checkpoint import resumable_state
+from mooring.train.distortion import Distortion, feature_distortion
 from mooring.train.evaluate import EvalResult, evaluate
 from mooring.train.mixer import Mixer
 from mooring.train.results import RunPlan, RunResult, StepResult
@@ -39,6 +42,7 @@ class Engine:
     Attributes:
         method: the trained module (encoder, head, auxiliary parts).
         train_source, val_source, test_source: batches; ``test_source`` is None without a test split.
+        extra_test_sources: batches of each ``data.extra_test``, by name.
         global_step: optimizer steps done.
         epochs_validated: epochs that ``fit`` has validated.
     """
@@ -54,6 +58,7 @@ class Engine:
         self.train_source = parts.train_source
         self.val_source = parts.val_source
         self.test_source = parts.test_source
+        self.extra_test_sources = parts.extra_test_sources
         self.source_stream = parts.source_stream
         self.global_step = 0
         self.epochs_validated = 0
@@ -114,6 +119,7 @@ class Engine:
                 autocast=self.backend.autocast,
                 seed=self.config.seed,
                 head_lr=self.parts.head_lr,
+                optimizer=self.config.optimizer.name,
             )
         )
         if self.ema is not None:
@@ -212,6 +218,25 @@ class Engine:
         finally:
             self.method.train(was_training)
 
+    def distortion(self, source: EpochSource, *, check: Callable[[], None] | None = None) -> Distortion:
+        """How far the encoder's features on ``source`` are from the pretrained ones; needs ``report.distortion``.
+
+        Args:
+            source, check: as for ``evaluate``.
+        """
+        before = self.parts.pretrained
+        if before is None:
+            raise ConfigError("the distortion of features needs report.distortion=true when the run is built")
+        source.rewind()
+        batches = source if check is None else _checked(source, check)
+        was_training = self.method.training
+        self.method.eval()
+        try:
+            with nullcontext() if self.ema is None else self.ema.applied_to(self.method):
+                return feature_distortion(before, self.method.encoder, batches, self.backend.device)
+        finally:
+            self.method.train(was_training)
+
     def _evaluate(self, source: Iterable[Batch]) -> EvalResult:
         return evaluate(
             self.method.predict,
@@ -282,7 +307,8 @@ class Engine:
 
     def close(self) -> None:
         """Stops the data sources' background work; ``fit`` does it by itself, as does a ``with`` block."""
-        for source in (self.train_source, self.val_source, self.test_source, self.source_stream):
+        own = (self.train_source, self.val_source, self.test_source, self.source_stream)
+        for source in (*own, *self.extra_test_sources.values()):
             if source is not None:
                 source.close()
 

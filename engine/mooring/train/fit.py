@@ -6,7 +6,7 @@ import errno
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -23,6 +23,7 @@ from mooring.report.progress import Progress, make_progress
 from mooring.report.run_folder import LOG_BYTES, RunFolder, default_run_name, open_run_folder
 from mooring.state.tree import load_tree, save_tree
 from mooring.train.checkpoint import resumable_state
+from mooring.train.distortion import Distortion
 from mooring.train.evaluate import EvalResult
 from mooring.train.interrupt import Interrupt, Stopped
 from mooring.train.results import RunResult
@@ -76,9 +77,11 @@ class Fit:
                 try:
                     self._epochs()
                     val, test = self._finish()
+                    extra = self._extra_tests()
+                    distortion = self._distortion()
                 except Stopped:
                     interrupted = True
-                    val, test = self._keep_interrupted(), None
+                    val, test, extra, distortion = self._keep_interrupted(), None, {}, {}
             result = RunResult(
                 run=self.folder.path,
                 best_epoch=engine.best.epoch,
@@ -87,6 +90,8 @@ class Fit:
                 images_per_second=self.images / self.seconds_training if self.seconds_training else 0.0,
                 seconds=self._elapsed(),
                 interrupted=interrupted,
+                extra_tests=extra,
+                distortion=distortion,
             )
             self._record(result)
             return result
@@ -156,7 +161,7 @@ class Fit:
             return "no epoch was finished, so nothing is kept"
         return f"epoch {self.engine.best.epoch + 1}, the best so far, is kept in {self.folder.path}"
 
-    def _log_eval(self, kind: Literal["val", "test"], epoch: int, result: EvalResult) -> None:
+    def _log_eval(self, kind: str, epoch: int, result: EvalResult) -> None:
         values = result.scalars()
         self.log.write(kind, step=self.engine.global_step, epoch=epoch, values=values)
         self.progress.evaluated(kind, epoch, values)
@@ -226,6 +231,37 @@ class Fit:
         save_tree(tested, _as_tree(test))
         return val, test
 
+    def _extra_tests(self) -> dict[str, EvalResult]:
+        """Each further test set once, with the selected weights in place."""
+        engine, found = self.engine, {}
+        assert engine.best.epoch is not None
+        for name, source in engine.extra_test_sources.items():
+            tested = self.folder.path / "extra_test" / name
+            path = str(engine.config.data.extra_test[name])
+            if tested.is_dir():
+                before = load_tree(tested)
+                if before["path"] == path:
+                    found[name] = _from_tree(before)
+                    continue
+            found[name] = engine.evaluate(source, check=self.interrupt.check)
+            self._log_eval(f"test/{name}", engine.best.epoch, found[name])
+            tested.parent.mkdir(exist_ok=True)
+            save_tree(tested, _as_tree(found[name]) | {"path": path}, replace=True)
+        return found
+
+    def _distortion(self) -> dict[str, Distortion]:
+        """How far the selected encoder's features are from the pretrained ones, on every set that is reported."""
+        engine = self.engine
+        if not engine.config.report.distortion:
+            return {}
+        sources = {"val": engine.val_source, "test": engine.test_source}
+        sources |= {f"test/{name}": source for name, source in engine.extra_test_sources.items()}
+        return {
+            name: engine.distortion(source, check=self.interrupt.check)
+            for name, source in sources.items()
+            if source is not None
+        }
+
     def _record(self, result: RunResult) -> None:
         shown = result.test or result.val
         self.folder.write_json(
@@ -236,6 +272,8 @@ class Fit:
                 "best_epoch": result.best_epoch,
                 "val": result.val.scalars() if result.val else None,
                 "test": result.test.scalars() if result.test else None,
+                "extra_tests": {name: found.scalars() for name, found in result.extra_tests.items()},
+                "distortion": {name: found.scalars() for name, found in result.distortion.items()},
                 "images_per_second": result.images_per_second,
                 "seconds": result.seconds,
                 "interrupted": result.interrupted,

@@ -14,7 +14,6 @@ from torch import nn
 from mooring.config.load import load_config
 from mooring.config.schema import RunConfig
 from mooring.data.augment import Augmentation, ModelInput, evaluation
-from mooring.data.cache import open_manifest
 from mooring.data.draws import draw
 from mooring.data.images import decode_rgb
 from mooring.data.manifest import Manifest, Split
@@ -23,9 +22,9 @@ from mooring.data.render import render
 from mooring.data.sources import make_source
 from mooring.errors import DataError, RunFolderError
 from mooring.models.torchvision_shim import import_timm
-from mooring.models.weights import cache_folder
 from mooring.report.run_folder import existing_run
 from mooring.train.evaluate import EvalResult, evaluate
+from mooring.train.extra_tests import measured_split, open_for_evaluation
 from mooring.train.precision import choose_device
 
 _BATCH = 32
@@ -139,7 +138,10 @@ class Predictor:
         Raises:
             DataError: there is no such split, or the classes differ.
         """
-        manifest = Manifest.load(self.run / "manifest") if data is None else self._other_data(data)
+        if data is None:
+            manifest = Manifest.load(self.run / "manifest")
+        else:
+            manifest = open_for_evaluation(self.config.data, data, self.classes)
         if list(manifest.classes) != self.classes:
             differing = sorted(set(self.classes) ^ set(manifest.classes))
             raise DataError(
@@ -147,24 +149,7 @@ class Predictor:
                 f"{len(manifest.classes)}; these are in one only: {', '.join(differing[:10])}: "
                 "give data with the run's classes"
             )
-        return manifest.split(
-            split or next(name for name in ("test", "val", "train") if name in manifest.counts)
-        )
-
-    def _other_data(self, path: Path) -> Manifest:
-        """Images that were not part of the run, with labels as the run numbers them."""
-        data = self.config.data
-        return open_manifest(
-            path,
-            cache_folder() / "manifests",
-            workers=data.workers,
-            max_pixels=data.max_pixels,
-            image_column=data.image_column,
-            label_column=data.label_column,
-            split_column=data.split_column,
-            for_evaluation=True,
-            classes=self.classes,
-        )
+        return measured_split(manifest) if split is None else manifest.split(split)
 
     def evaluate(self, data: Path | None = None, split: str | None = None) -> EvalResult:
         """Metrics on a split of the run's own data, or of another data set with the same classes.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
+from mooring.train.distortion import Distortion
 from mooring.train.evaluate import EvalResult
 
 
@@ -63,6 +64,9 @@ class RunResult:
         test: its result on the test split, evaluated once, where there is one.
         images_per_second: training images over the time spent in training steps, waiting for data included.
         seconds: whole run, evaluation included.
+        extra_tests: its result on each ``data.extra_test``, by name.
+        distortion: how far its features are from the pretrained ones, by evaluated set (``val``, ``test``,
+            ``test/NAME``), where ``report.distortion``.
         interrupted: the user stopped it; everything up to the last finished step is kept.
     """
 
@@ -73,3 +77,15 @@ class RunResult:
     images_per_second: float
     seconds: float
     interrupted: bool = False
+    extra_tests: Mapping[str, EvalResult] = field(default_factory=dict)
+    distortion: Mapping[str, Distortion] = field(default_factory=dict)
+
+    def rows(self) -> dict[str, dict[str, float]]:
+        """All numbers by evaluated set: ``val``, ``test``, ``test/NAME``."""
+        measured = {"val": self.val, "test": self.test}
+        measured |= {f"test/{name}": result for name, result in self.extra_tests.items()}
+        return {
+            name: result.scalars() | (self.distortion[name].scalars() if name in self.distortion else {})
+            for name, result in measured.items()
+            if result is not None
+        }
