@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_photos
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -31,11 +30,10 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture(scope="session")
-def source_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_source(root: Path, classes: int) -> Path:
+    """Another brightness for each class."""
     rng = np.random.default_rng(9)
-    root = tmp_path_factory.mktemp("source")
-    for c in range(SOURCE):
+    for c in range(classes):
         for split, count in (("train", 5), ("val", 2)):
             folder = root / split / f"s{c}"
             folder.mkdir(parents=True)
@@ -43,6 +41,11 @@ def source_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 pixels = rng.integers(0, 255, (40, 44, 3)).astype(np.uint8) // (c + 1)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def source_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_source(tmp_path_factory.mktemp("source"), SOURCE)
 
 
 @pytest.fixture
@@ -90,13 +93,13 @@ def test_state_taken_mid_epoch_continues_bit_for_bit(soft_config, tmp_path: Path
     }
     ends = []
     with Engine.build(soft_config(**options)) as whole, Engine.build(soft_config(**options)) as first:
-        steps(whole, 10)
+        steps(whole, 7)
         steps(first, 3)
         first.save(tmp_path / "state")
     torch.randn(100)
     with Engine.build(soft_config(**options)) as second:
         second.resume(tmp_path / "state")
-        steps(second, 7)
+        steps(second, 4)
         ends = [state_of(whole), state_of(second)]
         if whole.source_stream is not None:
             assert whole.source_stream.state_dict() == second.source_stream.state_dict()
@@ -155,7 +158,7 @@ def test_source_data_that_does_not_fit_is_refused_before_training(
     refused(DataError, "lacks s1", source_classes=_text(tmp_path / "one.csv", "s0,0\n"))
     outside = "".join(f"s{i},{i + 1}\n" for i in range(SOURCE))
     refused(DataError, "s4 -> 5", source_classes=_text(tmp_path / "out.csv", outside))
-    other = write_photos(tmp_path / "photos", classes=3, train=4, test=1)
+    other = write_source(tmp_path / "photos", 3)
     refused(DataError, "has 3 classes and the classifier of the weights 5", source_data=other)
     mapped = _text(tmp_path / "turned.csv", "".join(f"s{i},{4 - i}\n" for i in range(SOURCE)))
     with Engine.build(soft_config({"source_classes": mapped})) as engine:
