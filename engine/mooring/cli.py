@@ -350,6 +350,42 @@ def compare(
         raise typer.Exit(INTERRUPTED)
 
 
+@app.command(cls=_TrainCommand)
+def recommend(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RECIPE | KEY=VALUE", help="Settings, as after mooring train: data=photos."),
+    ] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Models whose weights are here. \\[default: model.name]"),
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(metavar="A,B", help="Methods for the race.")
+    ] = "fine_tune,l2_sp,dr_tune",
+    minutes: Annotated[float, typer.Option(help="Time for the race.")] = 5.0,
+) -> None:
+    """Say which model and method to begin with, from frozen features and a short few-shot race."""
+    from mooring.advice.recommend import recommend as recommend_for
+
+    recipe, overrides = _recipe_and_overrides(arguments or [])
+    found = recommend_for(
+        recipe,
+        overrides,
+        models=_listed("--models", models, str),
+        methods=_listed("--methods", methods, str),
+        minutes=minutes,
+    )
+    console = _stdout()
+    for reason in found.reasons:
+        console.print(f"- {escape(reason)}", soft_wrap=True)
+    console.print(
+        f"begin with [bold]{escape(found.method)}[/] on [bold]{escape(found.model)}[/] ({found.sure}):",
+        soft_wrap=True,
+    )
+    console.print(f"  {escape(found.command)}", soft_wrap=True)
+
+
 @app.command(name="eval")
 def evaluate(
     # readable=False, here and below: the message about a path is ours, where it is used

@@ -34,6 +34,7 @@ OPTIONS = {
     },
     ("train",): {"--dry-run", "--resume", "--help"},
     ("compare",): {"--methods", "--seeds", "--shots", "--fraction", "--lrs", "--out", "--help"},
+    ("recommend",): {"--models", "--methods", "--minutes", "--help"},
     ("eval",): {"--data", "--split", "--help"},
     ("predict",): {"--top", "--out", "--overwrite", "--help"},
     ("info",): {"--keys", "--help"},
@@ -64,7 +65,7 @@ def test_options_are_frozen(command: tuple[str, ...]) -> None:
 
 def test_commands_are_frozen() -> None:
     group = typer.main.get_command(app)
-    assert list(group.commands) == ["scan", "train", "compare", "eval", "predict", "info"]  # type: ignore[attr-defined]
+    assert list(group.commands) == ["scan", "train", "compare", "recommend", "eval", "predict", "info"]  # type: ignore[attr-defined]
 
 
 def test_version() -> None:

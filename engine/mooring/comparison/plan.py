@@ -79,6 +79,7 @@ class Comparison:
         fractions: the same with shares of each class; not together with shots.
         lrs: learning rates to choose from, for each method and part by itself, by top-1 on the validation
             split of the first seed; one rate, or none, is used as it is.
+        tests: False leaves the test split alone altogether.
     """
 
     methods: Sequence[str]
@@ -89,6 +90,7 @@ class Comparison:
     shots: Sequence[int] = ()
     fractions: Sequence[float] = ()
     lrs: Sequence[float] = ()
+    tests: bool = True
 
     def __post_init__(self) -> None:
         problems = []
@@ -130,11 +132,6 @@ class Comparison:
             *(Part(shots=shots) for shots in self.shots),
             *(Part(fraction=fraction) for fraction in self.fractions),
         ] or [Part()]
-
-    @property
-    def first_seed(self) -> int:
-        """The seed that learning rates are chosen on."""
-        return self.trial(self.methods[0], self.parts[0], None, None).seed
 
     @property
     def sweeps(self) -> bool:

@@ -142,7 +142,7 @@ class _Runner:
                 return kept
         if self.stop():
             raise _Interrupted
-        result, measured = _train(trial, self.progress, test=test)
+        result, measured = _train(trial, self.progress, test=test and self.comparison.tests)
         if result.interrupted:
             raise _Interrupted
         record = _record(trial, result, measured, role="result" if test else "rate", sweep=sweep)
@@ -242,11 +242,6 @@ def _record(
     }
 
 
-def _without_home(text: str) -> str:
-    home = str(Path.home())
-    return text.replace(home, "~", 1) if len(home) > 1 and text.startswith(home) else text
-
-
 def _check_same(trial: Trial, kept: Record, out: Path) -> None:
     differing = differing_settings(kept["settings"], _settings(trial.config))
     if differing:
@@ -258,9 +253,19 @@ def _check_same(trial: Trial, kept: Record, out: Path) -> None:
 def _settings(config: RunConfig) -> dict[str, Any]:
     """Every setting that can change a result, without this user's home folder."""
     settings: dict[str, Any] = config.model_dump(mode="json", exclude={"out", "resume", "report"})
-    settings["data"]["path"] = _without_home(settings["data"]["path"])
-    settings["model"]["weights"] = _without_home(settings["model"]["weights"])
-    return settings
+    return _homeless(settings)
+
+
+def _homeless(value: Any) -> Any:
+    """Texts that begin with this user's home folder begin with ``~`` instead."""
+    if isinstance(value, dict):
+        return {key: _homeless(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_homeless(inner) for inner in value]
+    home = str(Path.home())
+    if isinstance(value, str) and len(home) > 1 and value.startswith(home):
+        return "~" + value.removeprefix(home)
+    return value
 
 
 def _check_folder(out: Path) -> None:
