@@ -30,6 +30,18 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_photos(tmp_path_factory.mktemp("photos"))
 
 
+@pytest.fixture(scope="session")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The classes of ``photos`` in another size, five test images each."""
+    return write_photos(tmp_path_factory.mktemp("elsewhere"), train=1, test=5, size=40)
+
+
+@pytest.fixture(scope="session")
+def other_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos with a class that ``photos`` does not have."""
+    return write_photos(tmp_path_factory.mktemp("other_classes"), classes=4, train=1, test=1)
+
+
 @pytest.fixture
 def make_config(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A factory of short run configurations; keyword arguments are tables to merge, or whole values."""

@@ -38,6 +38,7 @@ def test_a_run_continues_bit_for_bit_and_converts_once(make_config, tmp_path: Pa
     part.resume(tmp_path / "state")
     assert steps(part, 3) == rest
     assert head_rate(part) == head_rate(whole)
+    assert part.head_lr == whole.head_lr > 0.1  # from the features, not five times the encoder's 0.001
     for (name, a), b in zip(
         part.method.state_dict().items(), whole.method.state_dict().values(), strict=True
     ):
@@ -65,7 +66,7 @@ def test_the_average_starts_converted_and_batchnorm_trains(make_config, transfor
 def test_the_heads_rate_is_the_one_that_was_written(make_config) -> None:
     options: dict = {"schedule": {"name": "constant", "warmup_epochs": 0.0}, "optimizer": {"lr": 1e-3}}
     with Engine.build(make_config(method={"name": "daft", "head_lr": 0.25}, **options)) as engine:
-        assert engine.plan().head_lr == pytest.approx(0.25)
+        assert engine.plan().head_lr == engine.head_lr == pytest.approx(0.25)
         steps(engine, 1)
         assert head_rate(engine) == pytest.approx(0.25)
     options["optimizer"] = {"name": "sgd", "head_lr_multiplier": 2.0}

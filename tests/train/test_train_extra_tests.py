@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_photos
 from torch import nn
 
 from mooring import Engine
@@ -16,12 +15,6 @@ from mooring.errors import ConfigError, DataError
 from mooring.report.metrics_log import read_metrics
 from mooring.train.distortion import feature_distortion
 from mooring.train.inference import load_run
-
-
-@pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The classes in another size; its images of the split ``test``."""
-    return write_photos(tmp_path_factory.mktemp("elsewhere"), train=1, test=5, size=40)
 
 
 def test_each_is_measured_once_at_the_selected_epoch(make_config, elsewhere: Path, photos: Path) -> None:
@@ -53,14 +46,24 @@ def test_each_is_measured_once_at_the_selected_epoch(make_config, elsewhere: Pat
     assert [kinds.count(k) for k in ("test/far", "test/new")] == [1, 1]
 
 
+def test_a_run_that_is_not_tested_looks_at_none(make_config, elsewhere: Path) -> None:
+    config = make_config(
+        data={"extra_test": {"far": elsewhere}},
+        train={"epochs": 1},
+        report={"distortion": True, "plots": False},
+    )
+    result = Engine.build(config).fit(test=False)
+    assert result.test is None and not result.extra_tests and set(result.distortion) == {"val"}
+    assert not any(record.kind.startswith("test") for record in read_metrics(result.run))
+
+
 def test_what_cannot_be_measured_is_refused_before_any_training(
-    make_config, photos: Path, tmp_path: Path
+    make_config, other_classes: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=r"data\.extra_test\.far: .*got nothing there"):
         Engine.build(make_config(data={"extra_test": {"far": tmp_path / "missing"}}))
-    others = write_photos(tmp_path / "others", classes=4, train=1, test=1)
     with pytest.raises(DataError, match=r"data\.extra_test\.far: .*class_3"):
-        Engine.build(make_config(data={"extra_test": {"far": others}}))
+        Engine.build(make_config(data={"extra_test": {"far": other_classes}}))
     assert not (tmp_path / "run").exists()
 
 

@@ -96,6 +96,11 @@ class Engine:
     def total_steps(self) -> int:
         return self.parts.total_steps
 
+    @property
+    def head_lr(self) -> float:
+        """Peak learning rate of the head; a method may have settled it in its set-up."""
+        return self.parts.head_lr * self.method.lr_factors(self._at()).get("head", 1.0)
+
     def plan(self) -> RunPlan:
         """What ``fit`` would do."""
         return self.parts.plan()

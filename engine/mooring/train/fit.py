@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mooring.config.load import to_toml
 from mooring.config.method_settings import method_title
+from mooring.data.source import EpochSource
 from mooring.errors import MooringError, RunFolderError
 from mooring.models.encoder import Encoder
 from mooring.models.export import export
@@ -40,7 +41,7 @@ class Fit:
         engine: freshly built, or resumed.
         folder: where the run is recorded.
         resumed: the folder holds the first part of this run.
-        test: whether the best epoch is tested, where there is a test split.
+        test: whether the best epoch is tested, on the test split where there is one and on every further set.
         progress: what shows the run; None: as ``report.progress`` says.
     """
 
@@ -232,8 +233,11 @@ class Fit:
         return val, test
 
     def _extra_tests(self) -> dict[str, EvalResult]:
-        """Each further test set once, with the selected weights in place."""
-        engine, found = self.engine, {}
+        """Each further test set once, with the selected weights in place; none in a run that is not to be tested."""
+        engine = self.engine
+        found: dict[str, EvalResult] = {}
+        if not self.test:
+            return found
         assert engine.best.epoch is not None
         for name, source in engine.extra_test_sources.items():
             tested = self.folder.path / "extra_test" / name
@@ -254,8 +258,10 @@ class Fit:
         engine = self.engine
         if not engine.config.report.distortion:
             return {}
-        sources = {"val": engine.val_source, "test": engine.test_source}
-        sources |= {f"test/{name}": source for name, source in engine.extra_test_sources.items()}
+        sources: dict[str, EpochSource | None] = {"val": engine.val_source}
+        if self.test:
+            sources["test"] = engine.test_source
+            sources |= {f"test/{name}": source for name, source in engine.extra_test_sources.items()}
         return {
             name: engine.distortion(source, check=self.interrupt.check)
             for name, source in sources.items()
@@ -274,6 +280,7 @@ class Fit:
                 "test": result.test.scalars() if result.test else None,
                 "extra_tests": {name: found.scalars() for name, found in result.extra_tests.items()},
                 "distortion": {name: found.scalars() for name, found in result.distortion.items()},
+                "head_lr": self.engine.head_lr,
                 "images_per_second": result.images_per_second,
                 "seconds": result.seconds,
                 "interrupted": result.interrupted,
