@@ -1,5 +1,6 @@
 #include <cmath>
 
+#include "cpu/huge_pages.h"
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
 #include "cpu/row_pointer.h"
@@ -23,6 +24,7 @@ void place_row(const RowKernels& kernels, float* row, const float* mean, float s
 void calibrate_residual(Matrix frozen, const int64_t* labels, const float* frozen_mean, float* out, int64_t K,
                         int64_t D, int64_t C, int threads) {
     const auto subtract = row_kernels().subtract[index_of(frozen.dtype)];
+    prefer_huge_pages(out, K * D * element_size(DType::f32));
     const int workers = useful_threads(threads, K * D);
 #pragma omp parallel for schedule(static) num_threads(workers)
     for (int64_t k = 0; k < K; ++k) {
@@ -53,6 +55,7 @@ void calibrate_translate(Matrix frozen, const int64_t* labels, const float* froz
                          int threads) {
     const RowKernels& kernels = row_kernels();
     const auto subtract = kernels.subtract[index_of(frozen.dtype)];
+    prefer_huge_pages(out, K * D * element_size(DType::f32));
     const int workers = useful_threads(threads, K * D);
 #pragma omp parallel for schedule(static) num_threads(workers)
     for (int64_t k = 0; k < K; ++k) {

@@ -122,27 +122,75 @@ void combine(void* out_void, float a, const void* g_void, float b, const void* x
         });
 }
 
+// Asks for the cache lines of elements begin .. end - 1; the second level is where a group of rows waits.
+inline void fetch(Ahead ahead, int64_t begin, int64_t end) {
+    constexpr int64_t kLine = 64;
+    for (int r = 0; r < ahead.count; ++r) {
+        const char* row = static_cast<const char*>(ahead.rows[r]);
+        for (int64_t at = begin * ahead.element_bytes; at < end * ahead.element_bytes; at += kLine) {
+            __builtin_prefetch(row + at, 0, 2);
+        }
+    }
+}
+
+template <typename T>
+float dot_fetching(const void* x_void, const float* y, int64_t n, Ahead ahead) {
+    const T* x = static_cast<const T*>(x_void);
+    constexpr int kVecs = 4;
+    Vec part[kVecs] = {Vec::broadcast(0.0f), Vec::broadcast(0.0f), Vec::broadcast(0.0f),
+                       Vec::broadcast(0.0f)};
+    int64_t i = 0;
+    for (; i + kVecs * W <= n; i += kVecs * W) {
+        fetch(ahead, i, i + kVecs * W);
+        for (int v = 0; v < kVecs; ++v) {
+            part[v] = fma(Vec::load(x + i + v * W), Vec::load(y + i + v * W), part[v]);
+        }
+    }
+    for (; i + W <= n; i += W) part[0] = fma(Vec::load(x + i), Vec::load(y + i), part[0]);
+    if (i < n) {
+        const int rest = static_cast<int>(n - i);
+        part[1] = fma(Vec::load(x + i, rest, 0.0f), Vec::load(y + i, rest, 0.0f), part[1]);
+    }
+    return ((part[0] + part[1]) + (part[2] + part[3])).sum();
+}
+
+// Columns i .. i + kVecs W - 1 of accumulate_rows: their sums stay in registers over all rows.
+template <int kVecs, typename T>
+inline void accumulate_columns(float* acc, float decay, const void* const* rows, const float* weight,
+                               int count, int64_t i) {
+    Vec total[kVecs];
+    const Vec kept = Vec::broadcast(decay);
+    for (int v = 0; v < kVecs; ++v) {
+        total[v] = decay == 0.0f ? Vec::broadcast(0.0f) : kept * Vec::load(acc + i + v * W);
+    }
+    for (int r = 0; r < count; ++r) {
+        const T* row = static_cast<const T*>(rows[r]) + i;
+        const Vec factor = Vec::broadcast(weight[r]);
+        for (int v = 0; v < kVecs; ++v) total[v] = fma(factor, Vec::load(row + v * W), total[v]);
+    }
+    for (int v = 0; v < kVecs; ++v) total[v].store(acc + i + v * W);
+}
+
 template <typename T>
 void accumulate_rows(float* acc, float decay, const void* const* rows, const float* weight, int count,
-                     int64_t n) {
-    const Vec kept = Vec::broadcast(decay);
-    const auto row = [&](int r) { return static_cast<const T*>(rows[r]); };
-    for_each_vec(
-        n,
-        [&](int64_t i) {
-            Vec total = kept * Vec::load(acc + i);
-            for (int r = 0; r < count; ++r) {
-                total = fma(Vec::broadcast(weight[r]), Vec::load(row(r) + i), total);
-            }
-            total.store(acc + i);
-        },
-        [&](int64_t i, int lanes) {
-            Vec total = kept * Vec::load(acc + i, lanes, 0.0f);
-            for (int r = 0; r < count; ++r) {
-                total = fma(Vec::broadcast(weight[r]), Vec::load(row(r) + i, lanes, 0.0f), total);
-            }
-            total.store(acc + i, lanes);
-        });
+                     int64_t n, Ahead ahead) {
+    constexpr int kVecs = 8;
+    int64_t i = 0;
+    for (; i + kVecs * W <= n; i += kVecs * W) {
+        fetch(ahead, i, i + kVecs * W);
+        accumulate_columns<kVecs, T>(acc, decay, rows, weight, count, i);
+    }
+    fetch(ahead, i, n);
+    for (; i + W <= n; i += W) accumulate_columns<1, T>(acc, decay, rows, weight, count, i);
+    if (i == n) return;
+    const int lanes = static_cast<int>(n - i);
+    Vec total = Vec::broadcast(0.0f);
+    if (decay != 0.0f) total = Vec::broadcast(decay) * Vec::load(acc + i, lanes, 0.0f);
+    for (int r = 0; r < count; ++r) {
+        const T* row = static_cast<const T*>(rows[r]) + i;
+        total = fma(Vec::broadcast(weight[r]), Vec::load(row, lanes, 0.0f), total);
+    }
+    total.store(acc + i, lanes);
 }
 
 void fence() {
@@ -232,6 +280,7 @@ const RowKernels row_kernels = {
     {dot<float>, dot<Bf16>},
     {accumulate<float>, accumulate<Bf16>},
     {subtract<float>, subtract<Bf16>},
+    {dot_fetching<float>, dot_fetching<Bf16>},
     {accumulate_rows<float>, accumulate_rows<Bf16>},
     {{scale<false, float, float>, scale<false, float, Bf16>},
      {scale<false, Bf16, float>, scale<false, Bf16, Bf16>}},

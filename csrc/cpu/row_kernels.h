@@ -9,6 +9,14 @@ namespace mooring {
 enum class DType : int { f32 = 0, bf16 = 1 };
 constexpr int kDTypes = 2;
 
+// Rows of n elements that are brought into the cache while others are worked on, for what comes next.
+struct Ahead {
+    const void* const* rows;
+    int count;
+    int element_bytes;
+};
+constexpr Ahead kNothingAhead = {nullptr, 0, 0};
+
 // One table per instruction set. `n` is the row length; arrays indexed by the DType of `x` (or `out`).
 struct RowKernels {
     // sum_i x_i^2
@@ -19,9 +27,12 @@ struct RowKernels {
     void (*accumulate[kDTypes])(float* acc, float a, const void* x, int64_t n);
     // out_i = x_i - y_i
     void (*subtract[kDTypes])(float* out, const void* x, const float* y, int64_t n);
-    // acc_i = decay acc_i + sum_r weight_r rows_r,i over `count` rows
+    // the same, while `ahead` is fetched
+    float (*dot_fetching[kDTypes])(const void* x, const float* y, int64_t n, Ahead ahead);
+    // acc_i = decay acc_i + sum_r weight_r rows_r,i over `count` rows, while `ahead` is fetched; with decay 0
+    // acc is not read
     void (*accumulate_rows[kDTypes])(float* acc, float decay, const void* const* rows, const float* weight,
-                                     int count, int64_t n);
+                                     int count, int64_t n, Ahead ahead);
     // out_i = x_i s, rounded to nearest even; first index: DType of out, second: DType of x
     void (*scale[kDTypes][kDTypes])(void* out, const void* x, float s, int64_t n);
     // the same, written past the caches: for results that no cache could hold; fence() ends them

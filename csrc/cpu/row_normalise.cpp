@@ -1,3 +1,4 @@
+#include "cpu/huge_pages.h"
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
 #include "cpu/row_norm.h"
@@ -8,6 +9,7 @@ void row_normalise_forward(Matrix x, float eps, void* unit, float* norm, int64_t
     const RowKernels& kernels = row_kernels();
     const auto& variants = exceeds_caches(N * D, x.dtype) ? kernels.scale_streamed : kernels.scale;
     const auto scale = variants[index_of(x.dtype)][index_of(x.dtype)];
+    prefer_huge_pages(unit, N * D * element_size(x.dtype));
     const int workers = useful_threads(threads, N * D);
 #pragma omp parallel num_threads(workers)
     {
@@ -29,6 +31,7 @@ void row_normalise_backward(const void* grad_unit, const float* grad_norm, const
     const auto combine = variants[index_of(dtype)];
     const auto dot = kernels.dot[index_of(dtype)];
     const auto widen = kernels.scale[index_of(DType::f32)][index_of(dtype)];
+    prefer_huge_pages(grad_x, N * D * element_size(dtype));
     const int workers = useful_threads(threads, N * D);
 #pragma omp parallel num_threads(workers)
     {

@@ -24,10 +24,10 @@
 
 #define CHECK_NEAR(actual, expected, tolerance)                                                            \
     do {                                                                                                   \
-        const double got = (actual), want = (expected), allowed = (tolerance);                             \
-        if (!(std::fabs(got - want) <= allowed)) {                                                         \
+        const double check_got = (actual), check_want = (expected), check_allowed = (tolerance);           \
+        if (!(std::fabs(check_got - check_want) <= check_allowed)) {                                       \
             std::fprintf(stderr, "%s:%d: %s = %.9g, expected %.9g +- %.3g\n", __FILE__, __LINE__, #actual, \
-                         got, want, allowed);                                                              \
+                         check_got, check_want, check_allowed);                                            \
             std::exit(1);                                                                                  \
         }                                                                                                  \
     } while (false)

@@ -104,11 +104,13 @@ void rows_at_once(const RowKernels& kernels, int64_t n) {
             const void* sources[3];
             for (size_t r = 0; r < 3; ++r)
                 sources[r] = dtype == f32 ? static_cast<const void*>(rows[r].data()) : stored[r].data();
-            std::vector<float> acc = check::normal(n, 20);
-            const std::vector<float> before = acc;
-            kernels.accumulate_rows[dtype](acc.data(), 0.75f, sources, weight, count, n);
+            const mooring::Ahead ahead = {sources, count, dtype == f32 ? 4 : 2};
+            const float decay = count == 1 ? 0.0f : 0.75f;
+            std::vector<float> acc = count == 1 ? check::unwritten(n) : check::normal(n, 20);
+            const std::vector<float> before = count == 1 ? std::vector<float>(acc.size(), 0.0f) : acc;
+            kernels.accumulate_rows[dtype](acc.data(), decay, sources, weight, count, n, ahead);
             for (size_t i = 0; i < acc.size(); ++i) {
-                double exact = 0.75 * before[i], size = std::fabs(exact);
+                double exact = static_cast<double>(decay) * before[i], size = std::fabs(exact);
                 for (int r = 0; r < count; ++r) {
                     const double term = static_cast<double>(weight[r]) * rows[static_cast<size_t>(r)][i];
                     exact += term;
@@ -118,6 +120,22 @@ void rows_at_once(const RowKernels& kernels, int64_t n) {
             }
         }
     }
+}
+
+// A product that fetches other rows meanwhile is the plain one, up to the order of its sum.
+void fetching(const RowKernels& kernels, int64_t n) {
+    std::vector<float> x = check::normal(n, 30), y = check::normal(n, 31);
+    const std::vector<uint16_t> x_stored = check::to_bf16(x);
+    const void* rows[] = {y.data()};
+    double exact = 0, size = 0;
+    for (size_t i = 0; i < x.size(); ++i) {
+        exact += static_cast<double>(x[i]) * y[i];
+        size += std::fabs(static_cast<double>(x[i]) * y[i]);
+    }
+    const double tolerance = static_cast<double>(n + 2) * check::kUlp * size;
+    CHECK_NEAR(kernels.dot_fetching[f32](x.data(), y.data(), n, {rows, 1, 4}), exact, tolerance);
+    CHECK_NEAR(kernels.dot_fetching[bf16](x_stored.data(), y.data(), n, mooring::kNothingAhead), exact,
+               tolerance);
 }
 
 void exponentials(const RowKernels& kernels, int64_t n) {
@@ -188,6 +206,7 @@ int main() {
         sums(kernels, n);
         elementwise(kernels, n);
         streamed(kernels, n);
+        fetching(kernels, n);
         rows_at_once(kernels, n);
         exponentials(kernels, n);
     }
