@@ -149,6 +149,23 @@ def test_the_papers_recipe_holds_the_papers_numbers() -> None:
     assert (config.train.epochs, config.schedule.name, config.schedule.warmup_epochs) == (100, "cosine", 0.0)
 
 
+def test_recipes_of_one_protocol_agree_and_name_their_source() -> None:
+    """What is compared under TLlib's protocol differs in the method, and in the decay that some replace."""
+    names = [name for name in shipped_recipes() if name.endswith("_cub")]
+    assert len(names) >= 5
+    first = load_config(names[0], ["data=photos"])
+    for name in names:
+        config = load_config(name, ["data=photos"])
+        for table in ("data", "model", "train", "schedule"):
+            assert getattr(config, table) == getattr(first, table), (name, table)
+        same = {"weight_decay": 0.0}
+        assert config.optimizer.model_copy(update=same) == first.optimizer.model_copy(update=same), name
+        assert name == f"{config.method.name}_cub"
+        assert config.optimizer.weight_decay == (0.0 if config.method.name in ("l2_sp", "delta") else 5e-4)
+    for name in set(shipped_recipes()) - {"quick", "vit_adamw"}:
+        assert "\n# Source: " in shipped_recipes()[name].read_text(encoding="utf-8"), name
+
+
 def test_a_file_wins_over_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "quick").write_text('data = "here"\n', encoding="utf-8")
     monkeypatch.chdir(tmp_path)

@@ -233,6 +233,7 @@ def _record(
         "best_epoch": result.best_epoch,
         "val": result.val.scalars() if result.val else None,
         "test": result.test.scalars() if result.test else None,
+        "extra_tests": {name: found.scalars() for name, found in result.extra_tests.items()},
         "images_per_second": result.images_per_second,
         "seconds": result.seconds,
         "seconds_per_epoch": measured["seconds_in_training"] / config.train.epochs,
