@@ -280,3 +280,27 @@ def test_a_compiled_encoder_trains_and_exports(make_config) -> None:
     result = Engine.build(make_config(train={"epochs": 1, "compile": True})).fit()
     again = load_run(result.run).evaluate(None, "test")
     assert again.n == result.test.n and abs(again.nll - result.test.nll) < 1e-3
+
+
+def test_losses_of_micro_batches_are_averaged_and_a_term_over_the_steps_that_had_it() -> None:
+    from mooring.methods.base import StepOutput
+    from mooring.train.engine import _sum_metrics
+    from mooring.train.running_mean import RunningMetrics
+
+    def output(loss: float, term: float) -> StepOutput:
+        scalars = {"loss": loss, "loss_source": term, "rows": 4.0, "correct": 2.0}
+        values = {name: torch.tensor(value) for name, value in scalars.items()}
+        return StepOutput(values["loss"], torch.zeros(4, 2), values)
+
+    step = _sum_metrics([output(1.0, 3.0), output(2.0, 5.0)])
+    assert {k: float(v) for k, v in step.items()} == {
+        "loss": 1.5,
+        "loss_source": 4.0,
+        "rows": 8.0,
+        "correct": 4.0,
+    }
+    running = RunningMetrics()
+    running.add(step)
+    running.add({k: v for k, v in step.items() if k != "loss_source"})
+    assert running.drain() == {"loss": 1.5, "loss_source": 4.0, "top1": 0.5}
+    assert running.drain() == {}

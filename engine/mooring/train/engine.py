@@ -325,8 +325,7 @@ def _checked(batches: Iterable[Batch], check: Callable[[], None]) -> Iterator[Ba
 
 
 def _sum_metrics(outputs: Iterable[StepOutput]) -> dict[str, Tensor]:
+    """One step's metrics from its micro-batches: counts are summed, losses averaged as their gradients are."""
     outputs = list(outputs)
-    names = outputs[0].metrics
-    total = {name: torch.stack([o.metrics[name] for o in outputs]).sum(0) for name in names}
-    total["loss"] = total["loss"] / len(outputs)
-    return total
+    total = {name: torch.stack([o.metrics[name] for o in outputs]).sum(0) for name in outputs[0].metrics}
+    return {name: value / len(outputs) if name.startswith("loss") else value for name, value in total.items()}

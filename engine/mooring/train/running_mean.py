@@ -11,29 +11,29 @@ from torch import Tensor
 class RunningMetrics:
     """Sums device scalars over steps without waiting for them; ``drain`` is the only host sync.
 
-    ``rows`` and ``correct`` become ``top1``; every other metric becomes its mean over the steps.
+    ``rows`` and ``correct`` become ``top1``; every other metric becomes its mean over the steps that had it.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._steps = 0
+        self._steps: dict[str, int] = {}
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
         for name, value in metrics.items():
             total = self._sums.get(name)
             self._sums[name] = value.clone() if total is None else total + value
-        self._steps += 1
+            self._steps[name] = self._steps.get(name, 0) + 1
 
     def drain(self) -> dict[str, float]:
         """Means since the last drain; empty where nothing was added."""
-        if self._steps == 0:
+        if not self._sums:
             return {}
         names = list(self._sums)
         values = torch.stack([self._sums[n].float() for n in names]).tolist()
         sums = dict(zip(names, values, strict=True))
-        steps, self._steps, self._sums = self._steps, 0, {}
+        steps, self._steps, self._sums = self._steps, {}, {}
         rows, correct = sums.pop("rows", 0.0), sums.pop("correct", 0.0)
-        means = {name: value / steps for name, value in sums.items()}
+        means = {name: value / steps[name] for name, value in sums.items()}
         if rows:
             means["top1"] = correct / rows
         return means
