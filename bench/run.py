@@ -16,7 +16,7 @@ from bench.runner import Runner
 from bench.threads import WAIT_POLICY
 from bench.timing import Call, Quantiles, Samples, alternate, paired_ratio
 from bench.verify import Expected, VerificationError, expected_of, relative_error, seeded_inputs, verify
-from bench.yardsticks import COPY, MATMUL, Yardsticks, yardsticks
+from bench.yardsticks import CLONE, COPY, MATMUL, Yardsticks, yardsticks
 
 SEED = 20240229
 AUTO = "auto"
@@ -297,13 +297,16 @@ def _shares(
 
     seconds = median(mine)
     copy_rate = yard.copy_bytes / median(samples[COPY])
+    clone_rate = yard.copy_bytes / median(samples[CLONE])
     matmul_rate = yard.matmul_flop / median(samples[MATMUL])
     return {
         "copy_bytes": yard.copy_bytes,
         "copy_bytes_per_second": copy_rate,
+        "clone_bytes_per_second": clone_rate,
         "matmul_width": yard.matmul_width,
         "matmul_flop_per_second": matmul_rate,
         "share_of_copy_rate": counted["counted_bytes"] / seconds / copy_rate,
+        "share_of_clone_rate": counted["counted_bytes"] / seconds / clone_rate,
         "share_of_matmul_rate": counted["counted_flop"] / seconds / matmul_rate,
     }
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from bench.timing import Call
 
-COPY, MATMUL = "copy rate", "matmul rate"
+COPY, CLONE, MATMUL = "copy rate", "clone rate", "matmul rate"
 _SMALLEST, _LARGEST = (
     2**16,
     2**29,
@@ -33,7 +34,8 @@ def yardsticks(device: torch.device, counted_bytes: int, sets: int, *, quick: bo
     """A copy that moves ``counted_bytes`` (half read, half written) and a square fp32 matrix product.
 
     The copy walks through as many pairs of buffers as the candidates have sets of inputs, so that a small op
-    and its yardstick find their data in the same level of cache.
+    and its yardstick find their data in the same level of cache. The clone moves as much into fresh memory, as an op
+    does that returns a new tensor: above 32 MiB the CPU's allocator returns every block, and its pages fault again.
     """
     moved = min(max(counted_bytes, _SMALLEST), _LARGEST) // 8 * 8
     pairs = [
@@ -50,4 +52,7 @@ def yardsticks(device: torch.device, counted_bytes: int, sets: int, *, quick: bo
         source, target = pairs[turn]
         target.copy_(source)
 
-    return Yardsticks({COPY: copy, MATMUL: lambda: left @ right}, moved, width)
+    def clone() -> Tensor:
+        return pairs[turn][0].clone()
+
+    return Yardsticks({COPY: copy, CLONE: clone, MATMUL: lambda: left @ right}, moved, width)
