@@ -339,9 +339,10 @@ def compare(
     outcome = run_comparison(comparison)
     console = _stdout()
     if any(record["role"] == "result" for record in outcome.records):
-        console.print(terminal(outcome.records, title=str(outcome.out)))
+        for table in terminal(outcome.records, title=str(outcome.out)):
+            console.print(table)
         for note in notes(outcome.records):
-            console.print(f"- {escape(note)}")
+            console.print(f"- {escape(note)}", soft_wrap=not console.is_terminal)
         console.print(
             f"in {escape(str(outcome.out))}: records.jsonl, table.md, comparison.png, runs/", soft_wrap=True
         )

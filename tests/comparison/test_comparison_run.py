@@ -46,21 +46,20 @@ def test_a_comparison_is_broken_off_and_continued(
 
     words = [*words, "train.epochs=1"]
 
-    def compare(out: str) -> Any:
-        return run_comparison(
-            Comparison(["fine_tune", "l2_sp"], tmp_path / out, overrides=words, seeds=2, lrs=[1e-3, 3e-4])
-        )
+    def compare(out: str, *methods: str) -> Any:
+        return run_comparison(Comparison(methods, tmp_path / out, overrides=words, seeds=2, lrs=[1e-3, 3e-4]))
 
     with monkeypatch.context() as patched:
         press_ctrl_c(patched, at_call=6)  # 4 steps a run
-        stopped = compare("broken")
+        stopped = compare("broken", "fine_tune", "l2_sp")
     assert stopped.interrupted
     assert [record["run"] for record in stopped.records] == ["fine_tune-lr0.001-seed0"]
     assert stopped.records[0]["test"] is None, "chosen on validation alone"
-    continued = compare("broken")
-    assert not continued.interrupted
-    whole = compare("whole")
-    assert {r["run"]: figures(r) for r in continued.records} == {r["run"]: figures(r) for r in whole.records}
+    whole = compare("broken", "fine_tune", "l2_sp")
+    assert not whole.interrupted
+    undisturbed = {record["run"]: figures(record) for record in compare("again", "fine_tune").records}
+    assert len(undisturbed) == 3
+    assert undisturbed.items() <= {record["run"]: figures(record) for record in whole.records}.items()
 
     results = [record for record in whole.records if record["role"] == "result"]
     assert [(r["method"], r["seed"]) for r in results] == [
@@ -84,7 +83,7 @@ def test_a_comparison_is_broken_off_and_continued(
     assert record["peak_memory"]["bytes"] > 50 << 20
     assert record["seconds_per_epoch"] > 0 and record["images_per_second"] > 0
 
-    out = tmp_path / "whole"
+    out = tmp_path / "broken"
     assert json.loads((out / "records.jsonl").read_text().splitlines()[0])["what"] == "comparison"
     table = (out / "table.md").read_text()
     assert "test top-1" in table and "± " in table and "2 seeds" in table
@@ -92,7 +91,7 @@ def test_a_comparison_is_broken_off_and_continued(
         assert picture.width > 400
     # a finished comparison runs nothing, and refuses other settings
     monkeypatch.setattr("mooring.comparison.runner._train", None)
-    assert len(compare("whole").records) == 6
+    assert len(compare("broken", "fine_tune", "l2_sp").records) == 6
     with pytest.raises(RunFolderError, match=r"with other settings \(.*train\.epochs\)"):
         run_comparison(
             Comparison(["fine_tune"], out, overrides=[*words, "train.epochs=3"], seeds=1, lrs=[1e-3, 3e-4])

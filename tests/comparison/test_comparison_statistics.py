@@ -53,7 +53,8 @@ def test_sign_flips_are_counted() -> None:
 
 
 def test_without_spread_nothing_is_claimed() -> None:
-    assert paired([0.0, 0.0, 0.0]).p == 1.0
+    same = paired([0.0, 0.0, 0.0])
+    assert same.p == 1.0 and math.isnan(same.half_width)
     assert math.isnan(paired([0.1, 0.1, 0.1]).p)
     assert math.isnan(paired([0.1 + 0.2, 0.3]).p), "equal but for rounding"
     one = paired([0.4])

@@ -20,6 +20,7 @@ from mooring.config.schema import RunConfig
 from mooring.data.manifest import Manifest
 from mooring.data.subset import training_subset
 from mooring.errors import ConfigError, DataError, MooringError
+from mooring.report.metrics import counted
 from mooring.report.progress import counting
 from mooring.report.records import from_json_number
 from mooring.train.assembly import open_data
@@ -235,7 +236,7 @@ def _race(
         return race
     train = training_subset(manifest, shots=shots, seed=config.seed)
     story.tell(
-        f"race: {shots} images per class ({train.counts['train']} in all), {epochs} epochs, one seed, one "
+        f"race: {counted(shots, 'image')} per class ({train.counts['train']} in all), {epochs} epochs, one seed, one "
         "learning rate for all; judged on validation"
     )
     started = clock()

@@ -16,9 +16,10 @@ class Paired:
     Attributes:
         n: pairs.
         mean: of the differences.
-        half_width: of the 95 % interval around the mean, by Student's t; NaN with fewer than two pairs.
+        half_width: of the 95 % interval around the mean, by Student's t; NaN with fewer than two pairs, or where
+            all differences are equal: no spread is no certainty.
         p: two-sided, paired t-test; NaN with fewer than two pairs, or where all differences are equal but
-            not 0 (no spread to judge them by).
+            not 0.
         p_sign_flip: two-sided, exact sign-flip test; never below 2 / 2^n.
     """
 
@@ -49,8 +50,7 @@ def paired(differences: Sequence[float]) -> Paired:
     spread = statistics.stdev(differences)
     # shares are read from counts: differences that are equal on paper differ by rounding
     if spread <= 1e-12 * max(abs(value) for value in differences):
-        p = 1.0 if mean == 0 else math.nan
-        return Paired(n, mean, 0.0 if mean == 0 else math.nan, p, sign_flip(differences))
+        return Paired(n, mean, math.nan, 1.0 if mean == 0 else math.nan, sign_flip(differences))
     error = spread / math.sqrt(n)
     return Paired(
         n, mean, t_quantile(0.975, n - 1) * error, t_two_sided(mean / error, n - 1), sign_flip(differences)

@@ -16,6 +16,8 @@ from mooring.comparison.statistics import Paired, paired, what_it_can_show
 from mooring.report.metrics import counted
 from mooring.report.records import from_json_number
 
+_TEXTS = ("part", "method")  # the other columns are numbers
+
 
 @dataclass(frozen=True, slots=True)
 class Line:
@@ -158,25 +160,31 @@ def notes(records: Sequence[Record]) -> list[str]:
     return told
 
 
-def terminal(records: Sequence[Record], title: str) -> Table:
-    """The table for a terminal."""
+def terminal(records: Sequence[Record], title: str) -> list[Table]:
+    """The table for a terminal, in two that fit 80 columns: what was reached, and what it cost."""
     head, rows = _cells(records)
-    table = Table(title=escape(title), title_justify="left", header_style="bold")
-    texts = {"part", "method"}
-    for name in head:
-        table.add_column(escape(name), justify="left" if name in texts else "right", no_wrap=name in texts)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    return table
+    names = [name for name in head if name in _TEXTS]
+    cost = ["learning rate", "s/epoch", "images/s", "peak MiB"]
+    reached = [name for name in head if name not in (*names, *cost)]
+    tables = []
+    for shown, called in ((reached, title), (cost, "what it cost")):
+        table = Table(title=escape(called), title_justify="left", header_style="bold")
+        places = [head.index(name) for name in (*names, *shown)]
+        for place in places:
+            left = head[place] in _TEXTS
+            table.add_column(escape(head[place]), justify="left" if left else "right", no_wrap=left)
+        for row in rows:
+            table.add_row(*(escape(row[place]) for place in places))
+        tables.append(table)
+    return tables
 
 
 def markdown(records: Sequence[Record]) -> str:
     """The table in Markdown, with its notes."""
     head, rows = _cells(records)
-    texts = ("part", "method")
     table = [
         "| " + " | ".join(head) + " |",
-        "|" + "".join("---|" if name in texts else "---:|" for name in head),
+        "|" + "".join("---|" if name in _TEXTS else "---:|" for name in head),
         *("| " + " | ".join(row) + " |" for row in rows),
     ]
     return "\n".join([*table, "", *(f"- {note}" for note in notes(records))]) + "\n"
