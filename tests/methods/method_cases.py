@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mooring.config.baseline_settings import (
     BSSSettings,
@@ -18,6 +19,7 @@ from mooring.config.baseline_settings import (
     LwFSettings,
     StochNormSettings,
 )
+from mooring.config.contrast_settings import BiTuningSettings, CoreTuningSettings
 from mooring.config.daft_settings import DAFTSettings
 from mooring.config.method_settings import (
     DRTuneSettings,
@@ -28,7 +30,7 @@ from mooring.config.method_settings import (
 )
 from mooring.config.soft_settings import SoftFineTuningSettings
 from mooring.config.tes_settings import TeSSettings
-from mooring.data.batch import Batch
+from mooring.data.batch import Batch, named_views
 from mooring.methods.base import At, Method, Resources, SetupContext
 from mooring.methods.registry import build_method
 from mooring.models.head import build_head
@@ -48,6 +50,8 @@ SETTINGS: dict[str, Settings] = {
     "lwf": LwFSettings(),
     "feature_distillation": FeatureDistillationSettings(feature_pull=1e-3, regressor="linear"),
     "co_tuning": CoTuningSettings(),
+    "bi_tuning": BiTuningSettings(image_contrast=0.1, class_contrast=0.1, queue_rows=4),
+    "core_tuning": CoreTuningSettings(),
     "tes": TeSSettings(projection_width=32),
     "soft_fine_tuning": SoftFineTuningSettings(source_batch_size=8),
     "daft": DAFTSettings(),
@@ -68,7 +72,7 @@ def small_encoder(kind: str) -> nn.Module:
 def make_batch(rows: int, classes: int, seed: int = 0, *, padded: int = 0) -> Batch:
     """Images that carry their label in their mean colour, so that a loss can fall; ``padded`` rows at the end.
 
-    Beside them lie 8 images of the source task.
+    Beside them lie 8 images of the source task, and three further views.
     """
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, classes, (rows,), generator=g)
@@ -79,7 +83,14 @@ def make_batch(rows: int, classes: int, seed: int = 0, *, padded: int = 0) -> Ba
         labels[-padded:] = -1
         ids[-padded:] = -1
     images = images.contiguous(memory_format=torch.channels_last)
-    return Batch(images, labels, ids, source=make_source_rows(8, seed))
+    return Batch(images, labels, ids, source=make_source_rows(8, seed), views=make_views(images, seed))
+
+
+def make_views(images: Tensor, seed: int = 0) -> dict[str, Tensor]:
+    """Three further views of the images: noise of another draw on top."""
+    g = torch.Generator().manual_seed(2000 + seed)
+    noise = torch.randn(3, *images.shape, generator=g) * 0.1
+    return named_views([(images + each).contiguous(memory_format=torch.channels_last) for each in noise])
 
 
 def make_source_rows(rows: int, seed: int = 0) -> Batch:
@@ -141,3 +152,11 @@ def train_step(method: Method, batches: list[Batch], optimizer: torch.optim.Opti
 
 def trained_parameters(method: Method) -> list[nn.Parameter]:
     return [p for role in method.parameter_roles().values() for p in role]
+
+
+def selected(batch: Batch, rows: Tensor | slice) -> Batch:
+    """These rows of a batch, of its further views too."""
+    views = {name: view[rows] for name, view in batch.views.items()}
+    return replace(
+        batch, images=batch.images[rows], labels=batch.labels[rows], ids=batch.ids[rows], views=views
+    )

@@ -16,6 +16,7 @@ from mooring.config.baseline_settings import (
     LwFSettings,
     StochNormSettings,
 )
+from mooring.config.contrast_settings import BiTuningSettings, CoreTuningSettings
 from mooring.config.daft_settings import DAFTSettings
 from mooring.config.settings import Settings
 from mooring.config.soft_settings import SoftFineTuningSettings
@@ -109,6 +110,8 @@ SingleMethod = Annotated[
     | LwFSettings
     | FeatureDistillationSettings
     | CoTuningSettings
+    | BiTuningSettings
+    | CoreTuningSettings
     | TeSSettings
     | SoftFineTuningSettings
     | DAFTSettings,

@@ -9,9 +9,11 @@ from torch import nn
 from mooring.config.method_settings import CombinedSettings, Settings
 from mooring.errors import ConfigError
 from mooring.methods.base import Method, Needs, Resources
+from mooring.methods.bi_tuning import BiTuning
 from mooring.methods.bss import BSS
 from mooring.methods.co_tuning import CoTuning
 from mooring.methods.combined import Combined, check_combination, merged_needs, ordered
+from mooring.methods.core_tuning import CoreTuning
 from mooring.methods.daft import DAFT
 from mooring.methods.delta import DELTA
 from mooring.methods.dr_tune import DRTune
@@ -39,6 +41,8 @@ _CLASSES: tuple[type[Method], ...] = (
     LwF,
     FeatureDistillation,
     CoTuning,
+    BiTuning,
+    CoreTuning,
     TeS,
     SoftFineTuning,
     DAFT,

@@ -424,6 +424,6 @@ def _check_mixing(config: RunConfig, needs: Needs) -> None:
     if needs.mixing or not (config.train.mixup or config.train.cutmix):
         return
     raise ConfigError(
-        f"method.name={method_title(config.method)} does not define mixup or cutmix (its bank holds one label a row): "
+        f"method.name={method_title(config.method)} does not define mixup or cutmix (it needs one label a row): "
         "set train.mixup=0 and train.cutmix=0, or take another method"
     )
