@@ -19,6 +19,7 @@ from mooring.config.baseline_settings import (
     LwFSettings,
     StochNormSettings,
 )
+from mooring.config.concept_settings import ConceptTuningSettings
 from mooring.config.contrast_settings import BiTuningSettings, CoreTuningSettings
 from mooring.config.daft_settings import DAFTSettings
 from mooring.config.method_settings import (
@@ -52,6 +53,14 @@ SETTINGS: dict[str, Settings] = {
     "co_tuning": CoTuningSettings(),
     "bi_tuning": BiTuningSettings(image_contrast=0.1, class_contrast=0.1, queue_rows=4),
     "core_tuning": CoreTuningSettings(),
+    "concept_tuning": ConceptTuningSettings(
+        image_contrast=0.1,
+        concept_contrast=0.1,
+        queue_rows=4,
+        bottleneck=32,
+        transport_rounds=5,
+        predict="cls",  # the other heads are no part of the exported timm model: test_method_concept
+    ),
     "tes": TeSSettings(projection_width=32),
     "soft_fine_tuning": SoftFineTuningSettings(source_batch_size=8),
     "daft": DAFTSettings(),

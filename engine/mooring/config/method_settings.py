@@ -16,6 +16,7 @@ from mooring.config.baseline_settings import (
     LwFSettings,
     StochNormSettings,
 )
+from mooring.config.concept_settings import ConceptTuningSettings
 from mooring.config.contrast_settings import BiTuningSettings, CoreTuningSettings
 from mooring.config.daft_settings import DAFTSettings
 from mooring.config.settings import Settings
@@ -114,6 +115,7 @@ SingleMethod = Annotated[
     | CoreTuningSettings
     | TeSSettings
     | SoftFineTuningSettings
+    | ConceptTuningSettings
     | DAFTSettings,
     Field(discriminator="name"),
 ]

@@ -15,6 +15,7 @@ from mooring.data.batch import Batch
 from mooring.methods.classification import batch_cross_entropy, batch_metrics
 from mooring.methods.forward import Forward
 from mooring.models.batchnorm import FrozenEncoder, frozen_copy
+from mooring.models.front_door import FrontDoorHead
 
 # Nested dicts whose leaves are tensors, numbers, strings, booleans or None.
 StateTree = dict[str, Any]
@@ -308,6 +309,14 @@ class Method(nn.Module):
         """Inference logits [B, C] for normalised images [B, 3, H, W]."""
         return self.head(self.encoder(images))
 
+    def prediction_choices(self) -> tuple[str, ...]:
+        """Ways to predict among which the validation split decides; none where there is only one."""
+        return ()
+
+    def choose_prediction(self, choice: str) -> None:
+        """Makes ``predict`` use one of ``prediction_choices``; kept in a buffer, so beside the weights."""
+        raise ValueError(f"{self.name} predicts in one way only; got {choice!r}")
+
     def extra_state(self) -> StateTree:
         """What is neither parameter nor buffer: banks, rotation, counters."""
         return {}
@@ -318,3 +327,7 @@ class Method(nn.Module):
     def exported(self) -> tuple[nn.Module, nn.Linear]:
         """Encoder and head for inference, without auxiliary parts."""
         return self.encoder, self.head
+
+    def exported_front_door(self) -> tuple[FrontDoorHead, str] | None:
+        """A second head that inference needs beside ``exported``, and how the two are joined; None: there is none."""
+        return None

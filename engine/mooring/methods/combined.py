@@ -14,6 +14,7 @@ from mooring.data.batch import Batch
 from mooring.errors import ConfigError
 from mooring.methods.base import At, Method, Needs, SetupContext, StateTree, StepOutput
 from mooring.methods.forward import Forward
+from mooring.models.front_door import FrontDoorHead
 
 # What is defined together, and by what; anything else is refused. DAFT changes where a run starts, so it goes
 # before whatever reads the start (copies, anchors, statistics).
@@ -189,6 +190,21 @@ class Combined(Method):
     def exported(self) -> tuple[nn.Module, nn.Linear]:
         owner = self._owner("exported")
         return super().exported() if owner is None else owner.exported()
+
+    def exported_front_door(self) -> tuple[FrontDoorHead, str] | None:
+        owner = self._owner("exported_front_door")
+        return None if owner is None else owner.exported_front_door()
+
+    def prediction_choices(self) -> tuple[str, ...]:
+        owner = self._owner("prediction_choices")
+        return () if owner is None else owner.prediction_choices()
+
+    def choose_prediction(self, choice: str) -> None:
+        owner = self._owner("choose_prediction")
+        if owner is None:
+            super().choose_prediction(choice)
+        else:
+            owner.choose_prediction(choice)
 
     def extra_state(self) -> StateTree:
         return {part.name: part.extra_state() for part in self.members}

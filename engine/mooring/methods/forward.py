@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mooring.data.batch import Batch
+from mooring.models.last_map import last_map
 from mooring.models.stage_outputs import recorded_outputs
 
 if TYPE_CHECKING:
@@ -98,8 +99,7 @@ class Forward:
 def features_and_map(encoder: torch.nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Pooled features [B, D] and the map they are pooled from, [B, D', H', W'], in one forward.
 
-    For a token model the map is made of the patch tokens after the final norm, as a grid; other tokens (class,
-    register) are left out of it.
+    Of a token model's map: ``last_map``.
 
     Args:
         encoder: a timm model without classifier, or a module that holds one as ``model``.
@@ -108,10 +108,4 @@ def features_and_map(encoder: torch.nn.Module, images: Tensor) -> tuple[Tensor, 
     model: Any = getattr(encoder, "model", encoder)
     hidden = model.forward_features(images)
     features = model.forward_head(hidden, pre_logits=True)
-    if hidden.ndim == 4:
-        # timm's Swin and its kin keep channels last
-        last = getattr(model, "output_fmt", "NCHW") == "NHWC"
-        return features, hidden.permute(0, 3, 1, 2) if last else hidden
-    tokens = hidden[:, int(getattr(model, "num_prefix_tokens", 0)) :]
-    rows, columns = model.patch_embed.dynamic_feat_size(images.shape[-2:])
-    return features, tokens.transpose(1, 2).unflatten(2, (rows, columns))
+    return features, last_map(model, hidden, (images.shape[-2], images.shape[-1]))

@@ -13,6 +13,7 @@ from mooring.methods.bi_tuning import BiTuning
 from mooring.methods.bss import BSS
 from mooring.methods.co_tuning import CoTuning
 from mooring.methods.combined import Combined, check_combination, merged_needs, ordered
+from mooring.methods.concept_tuning import ConceptTuning
 from mooring.methods.core_tuning import CoreTuning
 from mooring.methods.daft import DAFT
 from mooring.methods.delta import DELTA
@@ -44,6 +45,7 @@ _CLASSES: tuple[type[Method], ...] = (
     BiTuning,
     CoreTuning,
     TeS,
+    ConceptTuning,
     SoftFineTuning,
     DAFT,
 )

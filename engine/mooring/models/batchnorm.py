@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -220,3 +221,18 @@ def _what_follows(norm: _BatchNorm) -> nn.Module:
     if not rest:
         return nn.Identity()
     return rest[0] if len(rest) == 1 else nn.Sequential(*rest)
+
+
+@contextmanager
+def statistics_held(module: nn.Module) -> Iterator[None]:
+    """Inside, forwards in train mode normalise by the batch as always, and running statistics stay what they are."""
+    layers = [
+        layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats
+    ]
+    for layer in layers:
+        layer.track_running_stats = False  # in eval mode this changes nothing: the statistics are there
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True

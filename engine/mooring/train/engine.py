@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any, Self
 
@@ -211,15 +212,45 @@ class Engine:
             source: one whole pass of it is evaluated, from its first batch.
             check: called before each batch; may raise to stop the evaluation.
         """
-        source.rewind()
-        batches = source if check is None else _checked(source, check)
+        with self._evaluated_weights():
+            return self._evaluate(source, check)
+
+    def validate(self, *, check: Callable[[], None] | None = None) -> dict[str, EvalResult]:
+        """``evaluate`` on the validation split, the best first, for each way in which the method can predict.
+
+        The method then predicts in the best way: by top-1, then by loss. Most methods have one, named ``""``.
+
+        Args:
+            check: as for ``evaluate``.
+        """
+        choices = self.method.prediction_choices()
+        if not choices:
+            return {"": self.evaluate(self.val_source, check=check)}
+        results: dict[str, EvalResult] = {}
+        with self._evaluated_weights():
+            for choice in choices:
+                self.method.choose_prediction(choice)
+                results[choice] = self._evaluate(self.val_source, check)
+        ranked = sorted(  # a loss that is no number is the worst
+            results.items(), key=lambda item: (-item[1].top1, item[1].nll if item[1].nll < inf else inf)
+        )
+        self._choose_prediction(ranked[0][0])
+        return dict(ranked)
+
+    def _choose_prediction(self, choice: str) -> None:
+        self.method.choose_prediction(choice)
+        if self.ema is not None:
+            with self.ema.applied_to(self.method):  # its copy of the choice, too
+                self.method.choose_prediction(choice)
+
+    @contextmanager
+    def _evaluated_weights(self) -> Iterator[None]:
+        """Eval mode and, where kept, the weight EMA."""
         was_training = self.method.training
         self.method.eval()
         try:
-            if self.ema is None:
-                return self._evaluate(batches)
-            with self.ema.applied_to(self.method):
-                return self._evaluate(batches)
+            with nullcontext() if self.ema is None else self.ema.applied_to(self.method):
+                yield
         finally:
             self.method.train(was_training)
 
@@ -234,18 +265,14 @@ class Engine:
             raise ConfigError("the distortion of features needs report.distortion=true when the run is built")
         source.rewind()
         batches = source if check is None else _checked(source, check)
-        was_training = self.method.training
-        self.method.eval()
-        try:
-            with nullcontext() if self.ema is None else self.ema.applied_to(self.method):
-                return feature_distortion(before, self.method.encoder, batches, self.backend.device)
-        finally:
-            self.method.train(was_training)
+        with self._evaluated_weights():
+            return feature_distortion(before, self.method.encoder, batches, self.backend.device)
 
-    def _evaluate(self, source: Iterable[Batch]) -> EvalResult:
+    def _evaluate(self, source: EpochSource, check: Callable[[], None] | None) -> EvalResult:
+        source.rewind()
         return evaluate(
             self.method.predict,
-            source,
+            source if check is None else _checked(source, check),
             self.parts.num_classes,
             device=self.backend.device,
             autocast=self.backend.autocast,

@@ -17,6 +17,7 @@ from mooring.data.source import EpochSource
 from mooring.errors import MooringError, RunFolderError
 from mooring.models.encoder import Encoder
 from mooring.models.export import export
+from mooring.models.front_door import save_front_door
 from mooring.report.environment import write_environment
 from mooring.report.metrics_log import MetricsLog
 from mooring.report.plots import draw_run
@@ -122,8 +123,12 @@ class Fit:
 
     def _validate(self, epoch: int) -> None:
         engine = self.engine
-        val = engine.evaluate(engine.val_source, check=self.interrupt.check)
+        results = engine.validate(check=self.interrupt.check)
+        val = next(iter(results.values()))
         self._log_eval("val", epoch, val)
+        if len(results) > 1:
+            each = ", ".join(f"{choice} {result.top1:.4f}" for choice, result in results.items())
+            self.progress.note(f"top-1 by way to predict, the best is kept: {each}")
         if engine.best.offer(epoch, val):
             self._keep_best(val)
         engine.epochs_validated = epoch + 1
@@ -188,6 +193,9 @@ class Fit:
 
     def _export(self) -> None:
         encoder, head = self.engine.method.exported()
+        extra: dict[str, Any] = {"method": method_title(self.engine.config.method)}
+        if (beside := self.engine.method.exported_front_door()) is not None:
+            extra |= save_front_door(self.folder.path / "model", *beside)
         assert isinstance(encoder, Encoder)  # the engine builds no other
         size = self.engine.parts.eval_size
         export(
@@ -196,7 +204,7 @@ class Fit:
             self.folder.path / "model",
             self.engine.parts.classes,
             data_config={"input_size": (3, size, size)},
-            extra={"method": method_title(self.engine.config.method)},
+            extra=extra,
         )
 
     def _keep_interrupted(self) -> EvalResult | None:

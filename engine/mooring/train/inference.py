@@ -21,6 +21,7 @@ from mooring.data.quarantine import ImageProblem
 from mooring.data.render import render
 from mooring.data.sources import make_source
 from mooring.errors import DataError, RunFolderError
+from mooring.models.front_door import with_front_door
 from mooring.models.torchvision_shim import import_timm
 from mooring.report.run_folder import existing_run
 from mooring.train.evaluate import EvalResult, evaluate
@@ -195,10 +196,11 @@ def load_run(run: Path) -> Predictor:
         described = json.loads((exported / "config.json").read_text(encoding="utf-8"))
         classes = [str(name) for name in described["label_names"]]
         augment = evaluation(ModelInput.from_model_config(described["pretrained_cfg"]))
-        model = import_timm().create_model(f"local-dir:{exported}", pretrained=True).eval().to(device)
+        model = import_timm().create_model(f"local-dir:{exported}", pretrained=True)
         width = getattr(model, "num_classes", len(classes))
         if width != len(classes):
             raise ValueError(f"{len(classes)} class names, but a model of {width} classes")
+        model = with_front_door(model, exported, described.get("mooring", {})).eval().to(device)
     except FileNotFoundError as err:
         if (exported / "config.json").is_file():
             raise _damaged(run, err) from err
