@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,15 @@ import torch.nn.functional as F
 from method_cases import at, context, make_batch, make_method
 from torch import Tensor, nn
 
+from mooring.config.baseline_settings import DELTASettings
 from mooring.data.batch import Batch
 from mooring.methods.base import Method
 from mooring.methods.bss import smallest_squared_singular_values
+from mooring.methods.registry import build_method
+from mooring.models.head import build_head
 from mooring.models.stage_outputs import recorded_outputs, stage_modules
 from mooring.models.stoch_norm import make_stochastic_
+from mooring.models.torchvision_shim import import_timm
 
 
 def term(method: Method, batch: Batch, name: str) -> Tensor:
@@ -196,3 +201,25 @@ def test_l2_sp_pulls_to_the_start_of_the_run_and_the_head_to_zero() -> None:
     )  # a set-up anchors where the run starts: after a conversion, say
     head = 0.35 * sum(float(p.detach().double().square().sum()) for p in method.head.parameters())
     assert term(method, make_batch(4, 4), "l2_sp").item() == pytest.approx(head, rel=1e-5)
+
+
+def test_delta_weighs_the_channels_of_a_model_with_channels_last() -> None:
+    encoder = import_timm().create_model(
+        "swin_tiny_patch4_window7_224",
+        num_classes=0,
+        img_size=64,
+        embed_dim=12,
+        depths=(1, 1, 1, 1),
+        num_heads=(1, 1, 1, 1),
+        window_size=2,
+    )
+    settings = DELTASettings(attention_batches=1)
+    method = build_method(settings, encoder, build_head(encoder.num_features, 4))
+    batch = make_batch(4, 4)
+    batch = replace(batch, images=batch.images.repeat(1, 1, 2, 2))
+    method.setup(context([batch]))
+    widths = [12, 24, 48, 96]
+    assert [method.get_buffer(f"attention_{i}").numel() for i in range(4)] == widths
+    squares = torch.rand(2, 3, 5, widths[1])
+    expected = widths[1] * (squares.mean((1, 2)) * method.get_buffer("attention_1")).sum(1)
+    torch.testing.assert_close(method.weighted(squares, 1), expected)

@@ -13,7 +13,7 @@ from mooring.config.baseline_settings import DELTASettings
 from mooring.data.batch import Batch
 from mooring.methods.base import SetupContext
 from mooring.methods.feature_map import FeatureMap
-from mooring.models.stage_outputs import recorded_outputs
+from mooring.models.stage_outputs import channel_axis, channel_count, recorded_outputs
 
 _PROBE_EPOCHS = 10
 _SHARPNESS = 5.0
@@ -42,18 +42,15 @@ class DELTA(FeatureMap):
             self.register_buffer(f"attention_{number}", torch.full((channels,), 1.0 / channels))
 
     def _channels(self) -> list[int]:
-        widths = []
-        for stage in self.stages:
-            module = self.encoder.get_submodule(stage)
-            widths.append(module.out_channels if isinstance(module, nn.Conv2d) else self.head.in_features)
-        return widths
+        return [channel_count(self.encoder, stage) for stage in self.stages]
+
+    def _per_channel(self, values: Tensor, number: int) -> Tensor:
+        """[B, positions, ch] from the output of a stage, [B, ch, H, W], [B, H, W, ch] or [B, N, ch]."""
+        return values.movedim(channel_axis(self.encoder, self.stages[number], values.ndim), -1).flatten(1, -2)
 
     def weighted(self, squares: Tensor, number: int) -> Tensor:
         attention: Tensor = getattr(self, f"attention_{number}")
-        if squares.ndim == 4:
-            per_channel = squares.flatten(2).mean(2)
-        else:
-            per_channel = squares.mean(1)  # tokens
+        per_channel = self._per_channel(squares, number).mean(1)
         return attention.numel() * (per_channel * attention).sum(1)
 
     def setup(self, context: SetupContext) -> None:
@@ -103,7 +100,10 @@ class DELTA(FeatureMap):
             loss = _loss(probe(encoder(batch.images.detach().requires_grad_()).float()), batch)
             maps = [outputs[stage] for stage in self.stages]
             slopes = torch.autograd.grad(loss, maps)
-        return [_per_channel(-(slope * value.detach())) for slope, value in zip(slopes, maps, strict=True)]
+        return [
+            self._per_channel(-(slope * value.detach()), number).sum((0, 1))
+            for number, (slope, value) in enumerate(zip(slopes, maps, strict=True))
+        ]
 
     @torch.no_grad()
     def _knocked_out(self, batch: Batch, probe: nn.Linear) -> list[Tensor]:
@@ -114,9 +114,11 @@ class DELTA(FeatureMap):
             cost = torch.zeros(channels, device=batch.images.device)
             for channel in range(channels):
 
-                def silence(module: nn.Module, inputs: Any, output: Tensor, channel: int = channel) -> Tensor:
+                def silence(
+                    module: nn.Module, inputs: Any, output: Tensor, stage: str = stage, channel: int = channel
+                ) -> Tensor:
                     output = output.clone()
-                    output.select(1 if output.ndim == 4 else -1, channel).zero_()
+                    output.select(channel_axis(encoder, stage, output.ndim), channel).zero_()
                     return output
 
                 handle = encoder.get_submodule(stage).register_forward_hook(silence)
@@ -130,7 +132,3 @@ class DELTA(FeatureMap):
 
 def _loss(logits: Tensor, batch: Batch) -> Tensor:
     return F.cross_entropy(logits, batch.labels, ignore_index=-1)
-
-
-def _per_channel(values: Tensor) -> Tensor:
-    return values.sum((0, 2, 3)) if values.ndim == 4 else values.sum((0, 1))
