@@ -417,3 +417,33 @@ def test_saved_paths_hold_from_any_folder(tmp_path: Path, monkeypatch: pytest.Mo
 def test_words_are_no_paths(weights: str) -> None:
     config = load_config(None, ["data=/photos", f"model.weights={weights}"])
     assert absolute_paths(config) == config
+
+
+def test_errors_of_a_combination_name_the_users_keys() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(
+            None,
+            ["data=photos", "method=dr_tune+tes", "method.bank_size=-1", "method.tau=0", "train.epochs=0"],
+        )
+    assert str(caught.value).splitlines()[1:] == [
+        "  method.bank_size: got -1; expected an integer >= 0",
+        "  method.tau: got 0; expected a number >= 0.001",
+        "  train.epochs: got 0; expected an integer from 1 to 100000",
+    ]
+    for wrong in ("method=dr_tune+nope", "method=[]", "method=+"):
+        with pytest.raises(ConfigError, match=r"method\.name: got .*; expected one of") as caught:
+            load_config(None, ["data=photos", wrong])
+        assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("text", ["encoders/clip", "names.npz", "names.npz:birds"])
+def test_the_text_of_tes_does_not_depend_on_the_folder(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for method in ("tes", "daft+tes"):
+        config = absolute_paths(load_config(None, ["data=photos", f"method={method}", f"method.text={text}"]))
+        settings = config.method.parts[1] if isinstance(config.method, CombinedSettings) else config.method
+        assert settings.text == str(tmp_path / text)  # type: ignore[union-attr]
+    config = absolute_paths(load_config(None, ["data=photos", "method=tes"]))
+    assert config.method.text == "auto"  # type: ignore[union-attr]

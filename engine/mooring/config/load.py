@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from mooring.config.keys import DEFAULT_METHOD, METHODS, SECTIONS, SHORTHANDS, all_keys, find_key, nearest
 from mooring.config.method_settings import CombinedSettings, MethodSettings, method_names
 from mooring.config.schema import RunConfig
+from mooring.config.tes_settings import TeSSettings
 from mooring.errors import ConfigError
 
 _Flat = dict[str, Any]
@@ -96,7 +97,10 @@ def _absolute_method(method: MethodSettings) -> MethodSettings:
         parts = tuple(_absolute_method(part) for part in method.parts)
         return method.model_copy(update={"parts": parts})
     paths = {key: value for key, value in method if isinstance(value, Path)}
-    return method.model_copy(update={key: _absolute(path) for key, path in paths.items()})
+    update: dict[str, Path | str] = {key: _absolute(path) for key, path in paths.items()}
+    if isinstance(method, TeSSettings) and method.text != "auto":
+        update["text"] = str(_absolute(method.text))  # of FILE.npz:SET the set stays at the end
+    return method.model_copy(update=update)
 
 
 def _absolute(path: Path | str) -> Path:
@@ -280,7 +284,12 @@ def _explain(err: ValidationError, flat: _Flat) -> list[str]:
     lines: dict[str, str] = {}
     for problem in err.errors(include_url=False):
         where = [part for part in problem["loc"] if isinstance(part, str)]
-        if where[0] == "method" and len(where) > 1:
+        if where[:3] == ["method", "combined", "parts"]:
+            if problem["type"] == "too_short" and flat.get("method.name") and len(err.errors()) > 1:
+                continue  # a wrong part is left out of the count; it has an error of its own
+            # the list's own errors are about the names; the rest: the union's tag, the list, the part's tag
+            where = ["method", "name"] if len(where) == 3 else [where[0], *where[4:]]
+        elif where[0] == "method" and len(where) > 1:
             del where[1]  # the union's tag
         key = ".".join(where)
         while find_key(key) is None and find_key(key.rpartition(".")[0]) is not None:
