@@ -136,6 +136,32 @@ def test_an_npz_is_matched_by_class_or_name(tmp_path: Path) -> None:
         features(tmp_path, text=str(file))
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"\x93NUMPY", b"text"])
+def test_a_damaged_npz_is_named(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "damaged.npz"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="damaged"):
+        features(tmp_path, text=str(file))
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        (np.ones((2, 4)), NAMES),  # a name too many
+        (np.full((3, 4), "x"), NAMES),
+        (np.zeros((3, 4)), NAMES),
+        (np.full((3, 4), np.nan), NAMES),
+    ],
+)
+def test_an_npz_without_a_usable_vector_is_refused(
+    tmp_path: Path, values: np.ndarray, names: list[str]
+) -> None:
+    file = tmp_path / "odd.npz"
+    np.savez(file, features=values, names=names)
+    with pytest.raises(DataError, match=r"odd\.npz"):
+        features(tmp_path, text=str(file))
+
+
 @pytest.mark.parametrize("text", ["no_such_folder", "no_such.npz"])
 def test_what_is_missing_is_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(DataError, match="no_such"):

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def _from_file(file: Path, group: str, classes: Sequence[str], names: Sequence[s
     try:
         with np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as err:
         raise DataError(f"method.text: {file} is not a readable .npz ({err})") from None
     values = arrays.get(group or "features")
     labels = [
@@ -115,6 +116,12 @@ def _from_file(file: Path, group: str, classes: Sequence[str], names: Sequence[s
         raise DataError(
             f"method.text: {file} must hold features and names, or be given as FILE.npz:SET"
             + (f" with a set among {', '.join(sets)}" if sets else f"; it holds {', '.join(sorted(arrays))}")
+        )
+    rows_held = values.shape[-2]
+    if values.dtype.kind not in "fiu" or any(listed.shape != (rows_held,) for listed in labels):
+        raise DataError(
+            f"method.text: {text_name(file, group)} must hold a name for each row of numbers; got "
+            f"{list(values.shape)} of {values.dtype} and {', '.join(str(listed.size) for listed in labels)} names"
         )
     row_of: dict[str, int] = {}
     for listed in labels:
@@ -129,7 +136,14 @@ def _from_file(file: Path, group: str, classes: Sequence[str], names: Sequence[s
         )
     stacked = torch.from_numpy(np.asarray(values, dtype=np.float32))
     chosen = (stacked if stacked.ndim == 3 else stacked[None])[:, [row for row in rows if row is not None]]
-    return F.normalize(F.normalize(chosen, dim=2).mean(0), dim=1)
+    features = F.normalize(F.normalize(chosen, dim=2).mean(0), dim=1)
+    unusable = [c for c, row in zip(classes, features, strict=True) if not 0.5 < float(row.norm()) < 2]
+    if unusable:
+        raise DataError(
+            f"method.text: {text_name(file, group)} has a vector that is zero or not finite for "
+            + ", ".join(unusable[:10])
+        )
+    return features
 
 
 def text_name(file: Path, group: str) -> str:
