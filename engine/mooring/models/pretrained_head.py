@@ -28,11 +28,16 @@ def pretrained_head(
         Linear with weight [C_S, D] and bias [C_S] (zeros where the weights have none), float32.
 
     Raises:
-        WeightsError: the weights hold no classifier, or one that does not fit the encoder's features.
+        WeightsError: the weights hold no classifier, several, or one that does not fit the encoder's features.
     """
     _, cfg, _ = described(name)
     names = cfg.get("classifier") or "head"
-    classifier = names if isinstance(names, str) else names[0]
+    if not isinstance(names, str):
+        raise WeightsError(
+            f"the method needs one classifier over the encoder's features; {name} has {len(names)} "
+            f"({', '.join(names)}), each over features of its own: take a model with one"
+        )
+    classifier = names
     file = weights_file(name, weights, cache_dir)
     if file is not None:
         state = read_state_dict(file)
