@@ -39,8 +39,10 @@ class _Stochastic:
         )
         by_moving = F.batch_norm(x, moving_mean, moving_var, self.weight, self.bias, False, 0.0, self.eps)
         drawn = torch.rand(x.shape[1], generator=self.generator) < self.batch_probability
+        if x.is_cuda:  # from pinned memory, so that nothing waits for the device
+            drawn = drawn.pin_memory().to(x.device, non_blocking=True)
         shape = [1 if d in dims else -1 for d in range(x.ndim)]
-        return torch.where(drawn.to(x.device).view(shape), by_batch, by_moving)
+        return torch.where(drawn.view(shape), by_batch, by_moving)
 
 
 class StochNorm2d(_Stochastic, nn.BatchNorm2d):
