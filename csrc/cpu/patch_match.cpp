@@ -171,9 +171,10 @@ class Contrast {
         const float scale = 1.0f / given_.temperature;
         const float peak = rows_.maximum(pairs.cosine, n) * scale;
         if (!(peak <= running->peak)) {
-            const float shrink = std::exp(running->peak - peak);  // 0 at the first group
+            // 0 at the first group, whose sum is 0 already; and where the logits rise by more than 103
+            const float shrink = std::exp(running->peak - peak);
             running->total *= shrink;
-            if (with_gradient_ && shrink > 0) {
+            if (with_gradient_ && running->peak > -std::numeric_limits<float>::infinity()) {
                 rows_.scale[0][0](running->sum, running->sum, shrink, P * D);
             }
             running->peak = peak;

@@ -78,6 +78,32 @@ def test_a_nan_is_not_hidden(impl: Any, generator: torch.Generator) -> None:
     assert value_and_gradient(problem, impl, 1.0)[0].isnan()
 
 
+def test_logits_may_rise_beyond_the_range_of_exp(generator: torch.Generator) -> None:
+    """From group to group of key sets by over 103: what was summed before is then 0 in fp32, and must not stay."""
+
+    def unit(*shape: int) -> Tensor:
+        return torch.nn.functional.normalize(torch.randn(shape, generator=generator), dim=-1)
+
+    classes, slots = 80, 8  # more groups than slabs, so that a slab has several
+    problem = Problem(
+        unit(6, 2, 8),
+        unit(6, 2, 8),
+        torch.zeros(6, dtype=torch.int64),
+        unit(classes, slots, 2, 8),
+        torch.ones(classes, slots, dtype=torch.bool),
+        torch.arange(classes).repeat(6, 1),
+        torch.zeros(6, 1 + slots, dtype=torch.int64),
+        temperature=0.0005,
+        negatives_per_set=1,
+        rounds=5,
+    )
+    (loss, grad), (expected, expected_grad) = (
+        value_and_gradient(problem, impl, 1.0) for impl in ("native", "reference")
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-3 * float(expected_grad.abs().max()))
+
+
 @pytest.mark.parametrize("impl", RUNNABLE)
 def test_equal_entries_rank_by_flat_index(impl: Any) -> None:
     """All patches equal but for a part the query does not see: the pick names the query patch 0, 1 or 2's row."""
