@@ -145,6 +145,26 @@ def test_real_numbers_give_the_reference_bit_for_bit(impl: Any, generator: torch
     assert torch.equal(got[1], expected[1])
 
 
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("turned", [False, True], ids=["row", "column"])
+def test_a_map_of_one_row_or_column_is_read_by_the_stride_that_counts(
+    impl: Any, turned: bool, generator: torch.Generator
+) -> None:
+    """The stride of a dimension of size 1 may be anything, in a tensor that counts as contiguous too."""
+    _, logits, labels, head_weight = draw((3, 12, 1, 4, 5), generator)
+    feature_map = torch.randn(3, 12, 1, 4, generator=generator)
+    if turned:
+        feature_map = feature_map.transpose(2, 3)
+    options: dict[str, Any] = {"image_size": (96, 96), "patches": 2, "group_width": 3, "rank_stride": 3}
+    for x in (
+        feature_map,
+        feature_map.as_strided(feature_map.shape, [48, 4, *((1, 77) if turned else (77, 1))]),
+    ):
+        boxes, _ = concept_boxes(x, logits, labels, head_weight, **options, impl=impl)
+        expected, _ = concept_boxes(x.clone(), logits, labels, head_weight, **options, impl="reference")
+        assert torch.equal(boxes, expected)
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_masked_rows_use_no_features(impl: Any, generator: torch.Generator) -> None:
     feature_map, logits, _, head_weight = draw((4, 20, 3, 3, 4), generator)

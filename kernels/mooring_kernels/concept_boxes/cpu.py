@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mooring_kernels import _C
+from mooring_kernels.concept_boxes.layout import positions_in_line
 from mooring_kernels.concept_boxes.rule import BoxRule
 from mooring_kernels.runtime.native import dtype_code, threads
 
@@ -15,8 +16,7 @@ def concept_boxes_fwd(
 ) -> tuple[Tensor, Tensor]:
     """A map in channels_last is read where it lies; one whose positions have no single stride is copied."""
     batch, width, rows, columns = feature_map.shape
-    if feature_map.stride(2) != columns * feature_map.stride(3):
-        feature_map = feature_map.contiguous()
+    feature_map, stride_position = positions_in_line(feature_map)
     logits, labels = logits.float().contiguous(), labels.contiguous()
     head_weight = head_weight.float().contiguous()
     boxes = torch.empty((batch, rule.patches, 4), dtype=torch.float32)
@@ -25,7 +25,7 @@ def concept_boxes_fwd(
     _C.concept_boxes(
         feature_map.data_ptr(),
         dtype_code(feature_map),
-        (feature_map.stride(0), feature_map.stride(1), feature_map.stride(3)),
+        (feature_map.stride(0), feature_map.stride(1), stride_position),
         logits.data_ptr(),
         labels.data_ptr(),
         head_weight.data_ptr(),

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mooring_kernels.concept_boxes.layout import positions_in_line
 from mooring_kernels.concept_boxes.reference import other_classes
 from mooring_kernels.concept_boxes.rule import BoxRule
 from mooring_kernels.runtime.triton_launch import next_power_of_two, on_device_of, warps_for
@@ -137,8 +138,7 @@ def concept_boxes_fwd(
         boxes [B, P, 4] fp32; negative_classes [B, M] int64.
     """
     batch, width, rows, columns = feature_map.shape
-    if feature_map.stride(2) != columns * feature_map.stride(3):
-        feature_map = feature_map.contiguous()
+    feature_map, stride_position = positions_in_line(feature_map)
     others = other_classes(logits.float(), labels, max(rule.rivals, rule.negatives))
     score = torch.empty((batch, width), dtype=torch.float32, device=feature_map.device)
     boxes = torch.empty((batch, rule.patches, 4), dtype=torch.float32, device=feature_map.device)
@@ -185,7 +185,7 @@ def concept_boxes_fwd(
             CENTRED=rule.centred,
             stride_map_b=feature_map.stride(0),
             stride_map_d=feature_map.stride(1),
-            stride_map_n=feature_map.stride(3),
+            stride_map_n=stride_position,
             stride_labels_b=labels.stride(0),
             BLOCK_G=block_g,
             BLOCK_N=block_n,
