@@ -12,14 +12,15 @@ Pairs = list[tuple[Tensor, Tensor | None]]
 
 
 def _in_step(parameters: list[Tensor], anchors: list[Tensor | None]) -> Pairs:
-    """Parameter and anchor with their values in one order of memory, copied only where they are not."""
+    """Parameter and anchor in one order of memory, the parameter's; copied only where they are not."""
     pairs: Pairs = []
     for parameter, anchor in zip(parameters, anchors, strict=True):
-        other = parameter if anchor is None else anchor
-        if same_dense_layout(parameter, other):
+        if same_dense_layout(parameter, parameter if anchor is None else anchor):
             pairs.append((parameter, anchor))
         else:
-            pairs.append((parameter.contiguous(), None if anchor is None else anchor.contiguous()))
+            dense = torch.empty_like(parameter).copy_(parameter)
+            other = None if anchor is None else torch.empty_like(dense, dtype=anchor.dtype).copy_(anchor)
+            pairs.append((dense, other))
     return pairs
 
 
@@ -39,7 +40,7 @@ def squared_distance(parameters: list[Tensor], anchors: list[Tensor | None]) -> 
 
 def scaled_drift(parameters: list[Tensor], anchors: list[Tensor | None], scale: float) -> list[Tensor]:
     pairs = _in_step(parameters, anchors)
-    # the layout of what is read: a dense tensor keeps its strides in empty_like
+    # the layout of the parameters, as the operator's fake says: a dense tensor keeps its strides in empty_like
     grads = [torch.empty_like(p) for p, _ in pairs]
     _C.l2_sp_backward(_described(pairs), [grad.data_ptr() for grad in grads], scale, threads())
     return grads
