@@ -57,6 +57,7 @@ _C = pytest.importorskip("mooring_kernels._C")
 
 FROZEN, TUNED, LABELS, HEAD = draw_bank(9, 6, 4, torch.Generator().manual_seed(3))
 MAP, MAP_HEAD = torch.randn(2, 8, 2, 2), torch.randn(4, 8)
+MAPS = MAP.to(memory_format=torch.channels_last)
 # running mean, running variance, weight, bias of 6 channels; the order that convert_batchnorm_ takes
 LAYER = (HEAD[0], HEAD[1].square() + 0.5, HEAD[2], HEAD[3])
 LAYER_TENSORS = (LAYER[2], LAYER[3], LAYER[0], LAYER[1])
@@ -179,6 +180,12 @@ def opcheck_cases() -> list[Any]:
         (l2_sp_op._forward, ([leaf["features"], leaf["bias"]], [FEATURES + 1], [True, False], 0.1, "native")),
         (l2_sp_op._forward, ([leaf["weight"]], [], [False], 0.1, "triton")),
         (l2_sp_op._backward, ([FEATURES, BIAS], [FEATURES + 1], [True, False], torch.ones(()), "native")),
+        *(
+            # the gradient lies as the parameter does, whatever the anchor
+            (l2_sp_op._backward, ([FEATURES.T, MAPS], [FEATURES.T.contiguous(), MAPS.contiguous()], *rest))
+            for rest in (([True, True], torch.ones(()), impl) for impl in ("native", "triton"))
+        ),
+        (l2_sp_op._backward, ([FEATURES.T], [], [False], torch.ones(()), "native")),
         (
             patch_match_info_nce_op._forward,
             (leaf["features"].reshape(5, 2, 3), *CONCEPTS, 0.1, 4, 0.05, 5, True, "native"),
@@ -278,6 +285,26 @@ def test_compiles_in_one_graph(name: str) -> None:
     assert (eager_grad is None) == (compiled_grad is None)
     if eager_grad is not None:
         torch.testing.assert_close(eager_grad, compiled_grad)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x: bank_cross_entropy(x, LABELS[:5], FROZEN, LABELS, HEAD, BIAS),
+        lambda x: dr_tune_loss(x, LABELS[:5], FROZEN, TUNED, LABELS, HEAD, BIAS, None, 1.0),
+        lambda x: queue_info_nce(x, x / 2, LABELS[:5], FROZEN, LABELS, 0.1),
+        lambda x: patch_match_info_nce(x.view(5, 2, 3), *CONCEPTS, 0.1, negatives_per_set=4),
+        lambda x: l2_sp([x], [None], 0.3),
+        lambda x: text_supervised_loss(x, x / 4, LABELS[:5], 0.03, 0.1, 0.3),
+        lambda x: two_head_cross_entropy(x, LABELS[:5], x, LABELS[:5], 0.5)[0],
+    ],
+    ids=["bank", "dr_tune", "queue", "patch_match", "l2_sp", "text", "two_head"],
+)
+def test_a_second_derivative_is_refused_not_left_out(loss: Callable[[Tensor], Tensor]) -> None:
+    x = FEATURES.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"differentiated once|no autograd formula"):
+        (grad,) = torch.autograd.grad(loss(x), x, create_graph=True)
+        (x.sum() + grad.square().sum()).backward()
 
 
 def test_every_op_is_covered_here() -> None:

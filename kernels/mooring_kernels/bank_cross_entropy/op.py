@@ -12,6 +12,7 @@ from mooring_kernels.bank_cross_entropy import reference
 from mooring_kernels.bank_cross_entropy.head_pass import RowsGradient, chunk_rows, head_pass
 from mooring_kernels.runtime.checks import require_floats, require_labels, require_one_device, require_width
 from mooring_kernels.runtime.dispatch import Impl, choose
+from mooring_kernels.runtime.once import require_first_derivative
 
 
 @overload
@@ -240,9 +241,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     features, _, _, _, weight, bias, *_ = inputs
     ctx.dtypes = features.dtype, weight.dtype, None if bias is None else bias.dtype
     ctx.save_for_backward(*output[2:5])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # nobody fills their gradients with zeros
 
 
 def _autograd(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    require_first_derivative("bank_cross_entropy")
     wanted = [ctx.needs_input_grad[i] for i in (0, 4, 5)]
     grad_features, grad_weight, grad_bias = scaled_gradients(
         ctx.saved_tensors, grad_total, ctx.dtypes, wanted

@@ -19,6 +19,7 @@ from mooring_kernels.dr_tune_loss import reference
 from mooring_kernels.dr_tune_loss.block import dr_tune_block
 from mooring_kernels.runtime.checks import require_floats, require_labels, require_one_device
 from mooring_kernels.runtime.dispatch import Impl, choose, working_dtype
+from mooring_kernels.runtime.once import require_first_derivative
 
 
 @overload
@@ -213,9 +214,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     features, weight, bias = inputs[0], inputs[5], inputs[6]
     ctx.dtypes = features.dtype, weight.dtype, None if bias is None else bias.dtype
     ctx.save_for_backward(*output[2:5])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # nobody fills their gradients with zeros
 
 
 def _autograd(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    require_first_derivative("dr_tune_loss")
     wanted = [ctx.needs_input_grad[i] for i in (0, 5, 6)]
     grad_features, grad_weight, grad_bias = scaled_gradients(
         ctx.saved_tensors, grad_total, ctx.dtypes, wanted

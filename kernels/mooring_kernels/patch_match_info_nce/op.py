@@ -10,6 +10,7 @@ from torch import Tensor
 from mooring_kernels.patch_match_info_nce import reference
 from mooring_kernels.runtime.checks import require_floats, require_labels, require_one_device, require_width
 from mooring_kernels.runtime.dispatch import Impl, choose
+from mooring_kernels.runtime.once import require_first_derivative
 
 MOST_PATCHES = 16  # the kernels name an entry of a plan by one byte
 
@@ -188,11 +189,13 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.dtype = inputs[0].dtype
-    ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # nobody fills their gradients with zeros
 
 
-def _autograd(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    require_first_derivative("patch_match_info_nce")
     (grad,) = ctx.saved_tensors
     return (grad_loss * grad).to(ctx.dtype), *[None] * 12
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from mooring_kernels.queue_info_nce import reference
 from mooring_kernels.runtime.checks import require_floats, require_labels, require_one_device, require_width
 from mooring_kernels.runtime.dispatch import Impl, choose
+from mooring_kernels.runtime.once import require_first_derivative
 
 # The C++ kernel puts queries into vector lanes: one alone is mostly padding. Measured at D=200, N=8000, both passes:
 # 0.83x of the reference with 1 query, 1.1x with 2, 2.1x with 48.
@@ -134,9 +135,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     query, own_key, *_ = inputs
     ctx.dtypes = query.dtype, None if own_key is None else own_key.dtype
     ctx.save_for_backward(query, *output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # nobody fills their gradients with zeros
 
 
 def _autograd(ctx: Any, grad_losses: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    require_first_derivative("queue_info_nce")
     query, unit_grad_query, own_factor = ctx.saved_tensors
     grad_query = grad_own = None
     if ctx.needs_input_grad[0]:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mooring_kernels.runtime.checks import require_floats, require_labels, require_one_device, require_width
 from mooring_kernels.runtime.dispatch import Impl, choose
 from mooring_kernels.runtime.eager import runs_eagerly, wants_gradient
+from mooring_kernels.runtime.once import require_first_derivative
 from mooring_kernels.text_supervised_loss import reference
 
 SMALLEST_TAU = 1e-3
@@ -213,8 +213,8 @@ class TextSupervisedLossFunction(torch.autograd.Function):
         return outputs[0]
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_loss: Tensor, *_: Any
     ) -> tuple[Tensor | None, ...]:
+        require_first_derivative("text_supervised_loss")
         return _gradients(_run_backward, ctx, grad_loss)

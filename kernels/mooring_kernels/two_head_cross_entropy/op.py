@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mooring_kernels.runtime.checks import require_floats, require_labels, require_one_device, require_width
 from mooring_kernels.runtime.dispatch import Impl, choose
 from mooring_kernels.runtime.eager import runs_eagerly, wants_gradient
+from mooring_kernels.runtime.once import require_first_derivative
 from mooring_kernels.two_head_cross_entropy import reference
 
 
@@ -224,8 +224,8 @@ class TwoHeadCrossEntropyFunction(torch.autograd.Function):
         return outputs[:3]
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        require_first_derivative("two_head_cross_entropy")
         return _gradients(_run_backward, ctx, grads[:3])
