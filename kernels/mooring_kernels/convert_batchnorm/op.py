@@ -33,7 +33,8 @@ def convert_batchnorm_(
     ``bias <- bias + (mu_T - mu) weight / sqrt(v + eps)`` with the weight from before,
     ``running_mean <- mu_T``, ``running_var <- v_T``. The function of the layer in eval mode stays the same for any
     mu_T and any v_T >= 0, v_T = 0 included. Arithmetic is float64, from mu_T and v_T as the buffers will hold
-    them; only the stores round. A second call with the same targets changes no bit.
+    them; only the stores round. Without ``max_ratio`` a second call with the same targets changes nothing; with it, a
+    second call goes on from where the first stopped.
 
     All checks come before the first write. There is one implementation, torch operations on one vector of all
     channels: the work is too small for a kernel.
