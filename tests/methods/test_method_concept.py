@@ -15,6 +15,7 @@ from method_cases import (
     context,
     make_batch,
     make_method,
+    selected,
     small_encoder,
     train_step,
     trained_parameters,
@@ -358,6 +359,21 @@ def test_random_keys_fill_the_queues_where_asked() -> None:
     assert terms["image_contrast"] > 0.1  # noise counts as keys, as in the public code
     empty, _ = terms_of(concept(queue_rows=3).eval(), make_batch(6, 4))
     torch.testing.assert_close(empty["image_contrast"], torch.zeros(()))  # the own key alone
+
+
+def test_micro_batches_read_the_same_queues_as_the_large_batch() -> None:
+    """The generic test of accumulation has nothing queued yet."""
+    batch = make_batch(8, 4, seed=5)
+    grads = []
+    for parts in ([slice(8)], [slice(4), slice(4, 8)]):
+        method = concept(filled=True).train()
+        method.before_step(at(0))
+        for micro, rows in enumerate(parts):
+            out = method(selected(batch, rows), at(0, micro=micro, micros=len(parts)))
+            (out.loss / len(parts)).backward()
+        grads.append([p.grad for p in trained_parameters(method) if p.grad is not None])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 # ---------------------------------------------------------------- degenerate cases
