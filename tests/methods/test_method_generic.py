@@ -169,3 +169,17 @@ def test_unknown_method_names_the_nearest() -> None:
 
     with pytest.raises(ConfigError, match="did you mean 'dr_tune'"):
         method_class("dr-tune")
+
+
+@pytest.mark.parametrize("name", ["dr_tune", "lwf", "feature_map", "delta", "feature_distillation", "tes"])
+def test_a_state_of_another_frozen_encoder_or_text_is_refused(name: str) -> None:
+    method, other = make_method(name), make_method(name)
+    other.load_extra_state(method.extra_state())  # of the same: taken
+    with torch.no_grad():
+        if name == "tes":
+            other.get_buffer("text")[0, 0] += 0.5
+        else:
+            next(other.frozen_encoder.parameters()).add_(0.1)
+    other._digest = None
+    with pytest.raises(ValueError, match="differ from those the run was started with"):
+        other.load_extra_state(method.extra_state())

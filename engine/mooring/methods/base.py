@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
@@ -167,6 +168,7 @@ class Method(nn.Module):
         self.requirements = self.needs_of(settings)
         # In a tuple, so that it is no submodule: never wrapped, saved, trained or put in train mode.
         self._frozen: tuple[FrozenEncoder, ...] = ()
+        self._digest: str | None = None
 
     @classmethod
     def needs_of(cls, settings: BaseModel) -> Needs:
@@ -318,11 +320,30 @@ class Method(nn.Module):
         raise ValueError(f"{self.name} predicts in one way only; got {choice!r}")
 
     def extra_state(self) -> StateTree:
-        """What is neither parameter nor buffer: banks, rotation, counters."""
-        return {}
+        """What is neither parameter nor buffer: banks, rotation, counters; of a frozen encoder, what tells it apart."""
+        return {"frozen_encoder": self._frozen_digest()} if self._frozen else {}
 
     def load_extra_state(self, state: StateTree) -> None:
-        """Restores what ``extra_state`` returned, bit for bit."""
+        """Restores what ``extra_state`` returned, bit for bit.
+
+        Raises:
+            ValueError: the run would not go on as it began.
+        """
+        if self._frozen and state.get("frozen_encoder") != self._frozen_digest():
+            raise ValueError(
+                "the pretrained weights differ from those the run was started with, and the frozen encoder is made "
+                "from them; restore the weights file, or start a new run"
+            )
+
+    def _frozen_digest(self) -> str:
+        """sha256 over the frozen encoder's weights, computed once: it never changes."""
+        if self._digest is None:
+            total = hashlib.sha256()
+            for name, tensor in self.frozen_encoder.state_dict().items():
+                total.update(name.encode())
+                total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            self._digest = total.hexdigest()
+        return self._digest
 
     def exported(self) -> tuple[nn.Module, nn.Linear]:
         """Encoder and head for inference, without auxiliary parts."""

@@ -7,7 +7,6 @@ now. The regulariser touches the head alone: the encoder is never tied to its ol
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -61,7 +60,6 @@ class DRTune(Method):
         self._bank = self._empty_bank(head.weight.device)
         self.rotation = None
         self._rotated: Tensor | None = None  # R p_k in fp32 for every slot, where keeping them pays
-        self._digest: str | None = None
 
     @property
     def bank(self) -> FeatureBank:
@@ -261,7 +259,7 @@ class DRTune(Method):
         return super().head_lr_multiplier(batch_size, optimizer)
 
     def extra_state(self) -> StateTree:
-        state: dict[str, Any] = {"bank": self.bank.state_dict(), "frozen_encoder": self._frozen_digest()}
+        state: dict[str, Any] = {"bank": self.bank.state_dict(), **super().extra_state()}
         if self.rotation is not None:
             state["rotation"] = self.rotation.clone()
         if self._rotated is not None:
@@ -269,22 +267,8 @@ class DRTune(Method):
             state["rotated"] = self._rotated.clone()
         return state
 
-    def _frozen_digest(self) -> str:
-        """sha256 over the frozen encoder's weights, computed once: it never changes."""
-        if self._digest is None:
-            total = hashlib.sha256()
-            for name, tensor in self.frozen_encoder.state_dict().items():
-                total.update(name.encode())
-                total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-            self._digest = total.hexdigest()
-        return self._digest
-
     def load_extra_state(self, state: StateTree) -> None:
-        if state["frozen_encoder"] != self._frozen_digest():
-            raise ValueError(
-                "the pretrained weights differ from those the run was started with: the saved bank holds features "
-                "of another encoder; restore the weights file, or start a new run"
-            )
+        super().load_extra_state(state)
         self.bank.load_state_dict(state["bank"])
         rotation, rotated = state.get("rotation"), state.get("rotated")
         device = self.head.weight.device

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from mooring.config.tes_settings import TeSSettings
-from mooring.methods.base import At, Method, Needs
+from mooring.methods.base import At, Method, Needs, StateTree
 from mooring.methods.forward import Forward
 from mooring_kernels import text_supervised_loss
 
@@ -44,7 +44,7 @@ class TeS(Method):
                 f"tes needs resources.text_features, [{head.out_features}, d], one row per class; got "
                 f"{None if text is None else list(text.shape)}"
             )
-        # Constant and known from the run's settings, so it is not saved.
+        # Constant and known from the run's settings, so it is no weight of the model.
         self.register_buffer("text", F.normalize(text.float(), dim=1), persistent=False)
         self.text: Tensor
         self.projection: ProjectionHead | None = None
@@ -72,6 +72,19 @@ class TeS(Method):
                 lambda_t,
                 target=self._soft_labels(run),
             )
+
+    def extra_state(self) -> StateTree:
+        return {"text": self.text}
+
+    def load_extra_state(self, state: StateTree) -> None:
+        saved = state["text"].to(self.text.device)
+        # another machine's text encoder rounds otherwise; the run goes on with the vectors it began with
+        if saved.shape != self.text.shape or not torch.allclose(saved, self.text, rtol=0, atol=1e-3):
+            raise ValueError(
+                "the vectors of the class names differ from those the run was started with: restore the text "
+                "encoder, file or names of method.text, or start a new run"
+            )
+        self.text.copy_(saved)
 
     def _class_level(self, run: Forward) -> Tensor:
         """Cosines of the names to the name of each row's class; of a mixed row, to the mean of its names."""
