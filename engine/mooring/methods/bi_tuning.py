@@ -1,4 +1,4 @@
-"""Bi-Tuning (Zhong, You, Cao, Zhang, Ma, Long, Wang; arXiv 2011.06182)."""
+"""Bi-Tuning (Zhong, Wang, Kou, Wang, Long; arXiv 2011.06182)."""
 
 from __future__ import annotations
 
