@@ -260,7 +260,9 @@ PROGRAMS: dict[str, Callable[[Tensor], Tensor]] = {
     "channel_attention": lambda x: channel_attention(x.view(1, 5, 6)),
     "ema_": averaged,
     "l2_sp": lambda x: l2_sp([x, x[0]], [FEATURES, None], 0.3),
-    "bank_cross_entropy": lambda x: bank_cross_entropy(x, LABELS[:5], FROZEN, LABELS, HEAD, BIAS),
+    "bank_cross_entropy": lambda x: bank_cross_entropy(
+        x, LABELS[:5], FROZEN, LABELS, HEAD, BIAS, impl="native"
+    ),
     "queue_info_nce": lambda x: queue_info_nce(x, x / 2, LABELS[:5], FROZEN, LABELS, 0.1),
     "text_supervised_loss": lambda x: text_supervised_loss(x, x / 4, LABELS[:5], 0.03, 0.1, 0.3),
     "two_head_cross_entropy": lambda x: sum(
@@ -290,7 +292,7 @@ def test_compiles_in_one_graph(name: str) -> None:
 @pytest.mark.parametrize(
     "loss",
     [
-        lambda x: bank_cross_entropy(x, LABELS[:5], FROZEN, LABELS, HEAD, BIAS),
+        lambda x: bank_cross_entropy(x, LABELS[:5], FROZEN, LABELS, HEAD, BIAS, impl="native"),
         lambda x: dr_tune_loss(x, LABELS[:5], FROZEN, TUNED, LABELS, HEAD, BIAS, None, 1.0),
         lambda x: queue_info_nce(x, x / 2, LABELS[:5], FROZEN, LABELS, 0.1),
         lambda x: patch_match_info_nce(x.view(5, 2, 3), *CONCEPTS, 0.1, negatives_per_set=4),
