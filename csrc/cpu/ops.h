@@ -69,16 +69,9 @@ void calibrate_translate(Matrix frozen, const int64_t* labels, const float* froz
                          const float* tuned_mean, float scale, float* out, int64_t K, int64_t D, int64_t C,
                          int threads);
 
-// lse[i] = log sum_c exp(x_ic); loss[i] = lse_i - (1 - s) x_iy - (s / C) sum_c x_ic, zero where masked.
-void softmax_cross_entropy_forward(const float* logits, const int64_t* labels, float smoothing, float* loss,
-                                   float* lse, int64_t N, int64_t C, int threads);
-
-// grad[i] = scale * (softmax(x_i) - (1 - s) onehot(y_i) - s / C); zero rows where masked.
-void softmax_cross_entropy_backward(const float* logits, const int64_t* labels, const float* lse, float scale,
-                                    float smoothing, float* grad, int64_t N, int64_t C, int threads);
-
-// Both at once and in place: loss as above, then each row of logits, `stride` floats apart, becomes
-// softmax(x_i) - (1 - s) onehot(y_i) - s / C, or is left as it is where no gradient is wanted.
+// loss[i] = log sum_c exp(x_ic) - (1 - s) x_iy - (s / C) sum_c x_ic, zero where masked. Each row of logits,
+// `stride` floats apart, becomes softmax(x_i) - (1 - s) onehot(y_i) - s / C, zero where masked, or is left as
+// it is where no gradient is wanted.
 void softmax_cross_entropy_in_place(float* logits, int64_t stride, const int64_t* labels, float smoothing,
                                     bool gradient, float* loss, int64_t N, int64_t C, int threads);
 

@@ -1,38 +1,11 @@
-#include "cpu/cross_entropy_row.h"
+#include <cmath>
+
 #include "cpu/ops.h"
 #include "cpu/parallel.h"
+#include "cpu/row_kernels.h"
 #include "cpu/row_pointer.h"
 
 namespace mooring {
-
-void softmax_cross_entropy_forward(const float* logits, const int64_t* labels, float smoothing, float* loss,
-                                   float* lse, int64_t N, int64_t C, int threads) {
-    const RowKernels& kernels = row_kernels();
-    const int workers = useful_threads(threads, N * C);
-#pragma omp parallel for schedule(static) num_threads(workers)
-    for (int64_t i = 0; i < N; ++i) {
-        loss[i] = lse[i] = 0.0f;
-        if (!is_class(labels[i], C)) continue;
-        const CrossEntropyRow row = cross_entropy_row(kernels, logits + i * C, labels[i], smoothing, C);
-        loss[i] = row.loss;
-        lse[i] = row.lse;
-    }
-}
-
-void softmax_cross_entropy_backward(const float* logits, const int64_t* labels, const float* lse, float scale,
-                                    float smoothing, float* grad, int64_t N, int64_t C, int threads) {
-    const RowKernels& kernels = row_kernels();
-    const int workers = useful_threads(threads, N * C);
-#pragma omp parallel for schedule(static) num_threads(workers)
-    for (int64_t i = 0; i < N; ++i) {
-        float* row = grad + i * C;
-        if (is_class(labels[i], C)) {
-            cross_entropy_row_grad(kernels, row, logits + i * C, labels[i], lse[i], scale, smoothing, C);
-        } else {
-            for (int64_t j = 0; j < C; ++j) row[j] = 0.0f;
-        }
-    }
-}
 
 void softmax_cross_entropy_in_place(float* logits, int64_t stride, const int64_t* labels, float smoothing,
                                     bool gradient, float* loss, int64_t N, int64_t C, int threads) {

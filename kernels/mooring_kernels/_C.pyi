@@ -104,21 +104,6 @@ def calibrate_translate(
     threads: int,
     /,
 ) -> None: ...
-def softmax_cross_entropy_forward(
-    logits: int, labels: int, smoothing: float, loss: int, lse: int, N: int, C: int, threads: int, /
-) -> None: ...
-def softmax_cross_entropy_backward(
-    logits: int,
-    labels: int,
-    lse: int,
-    scale: float,
-    smoothing: float,
-    grad: int,
-    N: int,
-    C: int,
-    threads: int,
-    /,
-) -> None: ...
 def softmax_cross_entropy_in_place(
     logits: int,
     stride: int,

@@ -92,7 +92,6 @@ def test_aligned_rows_are_read_and_written_16_bytes_at_a_time(compiled: list[dic
         one_value_per_row = (
             "class_logits",
             "class_statistics",
-            "softmax_cross_entropy_rows_fwd",
             "text_supervised_loss_fwd",
             "two_head_cross_entropy_fwd",
         )

@@ -42,3 +42,29 @@ def test_results_are_whole_and_within_bounds(
     for wanted, needs in ((0, [True, False]), (1, [False, True])):
         alone = two_head_cross_entropy_bwd(*rows4, *options, needs)
         assert torch.equal(alone[wanted], both[wanted]) and alone[1 - wanted].numel() == 0
+
+
+@pytest.mark.parametrize("shift", [-1e4, 1e4, 1e30])
+def test_a_common_shift_and_forbidden_classes_cost_no_digits(
+    shift: float, device: torch.device, generator: torch.Generator, assert_within: Any
+) -> None:
+    """Losses are relative to the row's maximum; -inf logits take no mass, also as a whole block of columns."""
+    shifted = (3 * torch.randn(6, 37, generator=generator)).to(device) + shift
+    labels = torch.randint(0, 37, (6,), generator=generator).to(device)
+    forbidden = torch.full((1, 8200), float("-inf"), device=device)
+    forbidden[0, [8190, 8199]] = 1.0
+    rows4 = shifted, labels, forbidden, torch.tensor([8199], device=device)
+    for smoothing in (0.0, 0.1):
+        target = two_head_cross_entropy_fwd(*rows4, None, 0.5, smoothing)[1]
+        expected = torch.nn.functional.cross_entropy(shifted.double(), labels, label_smoothing=smoothing)
+        spread = (shifted.max(1, keepdim=True).values - shifted).double().max().item() + 1.0
+        assert_within(target, expected, operations=40, magnitude=spread)
+    _, _, source, inverse_counts, lse = two_head_cross_entropy_fwd(*rows4, None, 0.5, 0.0)
+    torch.testing.assert_close(source.cpu(), torch.tensor(2.0).log(), rtol=1e-6, atol=0.0)
+    upstream = (torch.ones((), device=device), None, None)
+    options = (lse, upstream, inverse_counts, None, 1.0, 0.0)
+    _, grad = two_head_cross_entropy_bwd(*rows4, *options, [False, True])
+    torch.testing.assert_close(
+        grad[0, [0, 8190, 8199]].cpu(), torch.tensor([0.0, 0.5, -0.5]), rtol=0.0, atol=1e-6
+    )
+    assert grad.isfinite().all()

@@ -9,47 +9,6 @@ from mooring_kernels import _C
 from mooring_kernels.runtime.native import threads
 
 
-def softmax_cross_entropy_rows_fwd(
-    logits: Tensor, labels: Tensor, label_smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exp of each row of fp32 logits [N, C]; zero where the label is no class."""
-    logits, labels = logits.contiguous(), labels.contiguous()
-    rows, classes = logits.shape
-    loss_rows, lse = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)
-    _C.softmax_cross_entropy_forward(
-        logits.data_ptr(),
-        labels.data_ptr(),
-        label_smoothing,
-        loss_rows.data_ptr(),
-        lse.data_ptr(),
-        rows,
-        classes,
-        threads(),
-    )
-    return loss_rows, lse
-
-
-def softmax_cross_entropy_rows_bwd(
-    logits: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, label_smoothing: float
-) -> Tensor:
-    """``scale * (softmax - smoothed one-hot)`` per row; zero where the label is no class."""
-    logits, labels, lse = logits.contiguous(), labels.contiguous(), lse.contiguous()
-    rows, classes = logits.shape
-    grad_logits = torch.empty_like(logits)
-    _C.softmax_cross_entropy_backward(
-        logits.data_ptr(),
-        labels.data_ptr(),
-        lse.data_ptr(),
-        float(scale),
-        label_smoothing,
-        grad_logits.data_ptr(),
-        rows,
-        classes,
-        threads(),
-    )
-    return grad_logits
-
-
 def softmax_cross_entropy_rows_(
     logits: Tensor, labels: Tensor, label_smoothing: float, gradient: bool
 ) -> Tensor:

@@ -1,7 +1,7 @@
-"""Softmax cross-entropy over rows in Triton: online softmax forward, recomputed softmax backward, in fp32.
+"""Softmax cross-entropy over rows in Triton: an online softmax, then the gradient over the logits, in fp32.
 
-The logits come from the library's GEMM. The forward reads them once; the backward reads them once and writes
-the gradient to memory of its own, never over the logits.
+The logits come from the library's GEMM into memory of the op's own. Without a gradient they are read once; with
+one each program reads its rows again, which it has just had in cache, and overwrites them.
 """
 
 # Triton's types know neither the launch options (num_warps) nor the element type of a pointer.
@@ -14,79 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mooring_kernels.bank_cross_entropy.tiles import cross_entropy_bwd_tile, cross_entropy_fwd_tile
 from mooring_kernels.runtime.triton_launch import blocked_row_tile, on_device_of
-
-
-@triton.jit(do_not_specialize=["N"])
-def softmax_cross_entropy_rows_fwd_kernel(
-    logits_ptr: tl.tensor,
-    labels_ptr: tl.tensor,
-    loss_ptr: tl.tensor,
-    lse_ptr: tl.tensor,
-    N: int,
-    label_smoothing: float,
-    C: tl.constexpr,
-    stride_logits_n: tl.constexpr,
-    stride_logits_c: tl.constexpr,
-    stride_labels_n: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-) -> None:
-    cross_entropy_fwd_tile(
-        logits_ptr,
-        labels_ptr,
-        loss_ptr,
-        lse_ptr,
-        N,
-        label_smoothing,
-        C,
-        stride_logits_n,
-        stride_logits_c,
-        stride_labels_n,
-        SMOOTHED,
-        tl.program_id(0),
-        BLOCK_N,
-        BLOCK_C,
-    )
-
-
-@triton.jit(do_not_specialize=["N"])
-def softmax_cross_entropy_rows_bwd_kernel(
-    logits_ptr: tl.tensor,
-    labels_ptr: tl.tensor,
-    lse_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
-    grad_logits_ptr: tl.tensor,
-    N: int,
-    label_smoothing: float,
-    C: tl.constexpr,
-    stride_logits_n: tl.constexpr,
-    stride_logits_c: tl.constexpr,
-    stride_labels_n: tl.constexpr,
-    stride_grad_logits_n: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-) -> None:
-    cross_entropy_bwd_tile(
-        logits_ptr,
-        labels_ptr,
-        lse_ptr,
-        grad_logits_ptr,
-        tl.load(scale_ptr).to(tl.float32),
-        N,
-        label_smoothing,
-        C,
-        stride_logits_n,
-        stride_logits_c,
-        stride_labels_n,
-        stride_grad_logits_n,
-        tl.program_id(0),
-        tl.program_id(1),
-        BLOCK_N,
-        BLOCK_C,
-    )
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -184,85 +112,3 @@ def softmax_cross_entropy_rows_(
             num_warps=tile.warps,
         )
     return loss_rows
-
-
-def softmax_cross_entropy_rows_fwd(
-    logits: Tensor, labels: Tensor, label_smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every row, and the log-sum-exp that the backward needs.
-
-    Args:
-        logits: [N, C] fp32, bf16 or fp16, any strides.
-        labels: [N] int64; a row whose label lies outside [0, C) is not read.
-        label_smoothing: mass spread evenly over the classes, in [0, 1].
-
-    Returns:
-        loss_rows [N] fp32, 0 on masked rows; lse [N] fp32, 0 on masked rows.
-    """
-    rows, classes = logits.shape
-    loss_rows = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    lse = torch.empty_like(loss_rows)
-    if rows == 0 or classes == 0:
-        return loss_rows.zero_(), lse.zero_()
-    tile = blocked_row_tile(classes)
-    with on_device_of(logits):
-        softmax_cross_entropy_rows_fwd_kernel[(triton.cdiv(rows, tile.rows),)](
-            logits,
-            labels,
-            loss_rows,
-            lse,
-            rows,
-            float(label_smoothing),
-            C=classes,
-            stride_logits_n=logits.stride(0),
-            stride_logits_c=logits.stride(1),
-            stride_labels_n=labels.stride(0),
-            SMOOTHED=label_smoothing != 0.0,
-            BLOCK_N=tile.rows,
-            BLOCK_C=tile.columns,
-            num_warps=tile.warps,
-        )
-    return loss_rows, lse
-
-
-def softmax_cross_entropy_rows_bwd(
-    logits: Tensor, labels: Tensor, lse: Tensor, scale: Tensor, label_smoothing: float
-) -> Tensor:
-    """``scale * (softmax - smoothed one-hot)`` for every row.
-
-    Args:
-        logits: [N, C] as in the forward.
-        labels: [N] int64 as in the forward.
-        lse: [N] fp32 from the forward.
-        scale: 0-d tensor on the same device: upstream gradient over the number of valid rows.
-        label_smoothing: as in the forward.
-
-    Returns:
-        grad_logits [N, C] in the dtype of ``logits``, contiguous; zero on masked rows.
-    """
-    rows, classes = logits.shape
-    assert scale.device == logits.device
-    grad_logits = torch.empty((rows, classes), dtype=logits.dtype, device=logits.device)
-    if rows == 0 or classes == 0:
-        return grad_logits
-    tile = blocked_row_tile(classes)
-    grid = (triton.cdiv(rows, tile.rows), triton.cdiv(classes, tile.columns))
-    with on_device_of(logits):
-        softmax_cross_entropy_rows_bwd_kernel[grid](
-            logits,
-            labels,
-            lse,
-            scale,
-            grad_logits,
-            rows,
-            float(label_smoothing),
-            C=classes,
-            stride_logits_n=logits.stride(0),
-            stride_logits_c=logits.stride(1),
-            stride_labels_n=labels.stride(0),
-            stride_grad_logits_n=grad_logits.stride(0),
-            BLOCK_N=tile.rows,
-            BLOCK_C=tile.columns,
-            num_warps=tile.warps,
-        )
-    return grad_logits

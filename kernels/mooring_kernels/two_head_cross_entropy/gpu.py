@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mooring_kernels.bank_cross_entropy.tiles import cross_entropy_bwd_tile, cross_entropy_fwd_tile
 from mooring_kernels.runtime.row_mean import mean_of_valid_rows
 from mooring_kernels.runtime.triton_launch import blocked_row_tile, on_device_of
+from mooring_kernels.two_head_cross_entropy.tiles import cross_entropy_bwd_tile, cross_entropy_fwd_tile
 
 _MEAN_BLOCK = 512
 

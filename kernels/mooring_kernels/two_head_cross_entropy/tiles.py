@@ -1,4 +1,4 @@
-"""Softmax cross-entropy of one tile of rows in Triton, for the kernels of every op that has such rows."""
+"""Softmax cross-entropy of one tile of rows in Triton, for the rows of either head."""
 
 # Triton's types know not the element type of a pointer.
 # pyright: reportAttributeAccessIssue=false
