@@ -38,6 +38,7 @@ from mooring_kernels.calibrate import gpu_cases as calibrate
 from mooring_kernels.class_ring_push import gpu_cases as class_ring_push
 from mooring_kernels.class_statistics import gpu_cases as class_statistics
 from mooring_kernels.concept_boxes import gpu_cases as concept_boxes
+from mooring_kernels.dr_tune_loss import gpu_cases as dr_tune_loss
 from mooring_kernels.patch_match_info_nce import gpu_cases as patch_match_info_nce
 from mooring_kernels.queue_info_nce import gpu_cases as queue_info_nce
 from mooring_kernels.ring_push import gpu_cases as ring_push
@@ -53,6 +54,7 @@ _OPS = (
     class_ring_push,
     class_statistics,
     concept_boxes,
+    dr_tune_loss,
     patch_match_info_nce,
     queue_info_nce,
     ring_push,
