@@ -154,5 +154,5 @@ def text_name(file: Path, group: str) -> str:
 def too_alike(features: Tensor, names: Sequence[str], least: float = 0.9999) -> list[tuple[str, str]]:
     """Pairs of classes whose vectors are equal to rounding: the text cannot tell them apart."""
     cosines = features @ features.T
-    pairs = (cosines.triu(1) > least).nonzero().tolist()
-    return [(names[i], names[j]) for i, j in pairs]
+    first, second = (cosines.triu(1) > least).nonzero(as_tuple=True)
+    return [(names[int(i)], names[int(j)]) for i, j in zip(first, second, strict=True)]

@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from mooring.config.baseline_settings import DELTASettings, FeatureMapSettings
+from mooring.config.baseline_settings import FeatureMapSettings
 from mooring.methods.base import At, Method, Needs
 from mooring.methods.forward import Forward
 from mooring.models.stage_outputs import recorded_outputs, stage_modules
@@ -28,7 +28,7 @@ class FeatureMap(Method):
     Config: ClassVar[type[BaseModel]] = FeatureMapSettings
     name: ClassVar[str] = "feature_map"
     needs: ClassVar[Needs] = Needs(frozen_encoder=True)
-    settings: FeatureMapSettings | DELTASettings
+    settings: Any  # FeatureMapSettings, or DELTASettings in the subclass: they share what is read here
 
     def __init__(self, encoder: nn.Module, head: nn.Linear, settings: BaseModel, **options: Any) -> None:
         super().__init__(encoder, head, settings, **options)

@@ -69,7 +69,8 @@ def inverse_transpose(x: Tensor) -> Tensor:
 def _row_moves(pivots: Tensor, start: int) -> tuple[Tensor, Tensor]:
     """LAPACK's sequence of swaps as (rows that change, where their new content lies), counted from ``start``."""
     content: dict[int, int] = {}
-    for i, pivot in enumerate(pivots.tolist()):
+    swaps: list[int] = pivots.tolist()
+    for i, pivot in enumerate(swaps):
         j = pivot - 1
         if i != j:
             content[i], content[j] = content.get(j, j), content.get(i, i)
