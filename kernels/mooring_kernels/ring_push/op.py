@@ -10,6 +10,7 @@ from torch import Tensor
 from mooring_kernels.ring_push import reference
 from mooring_kernels.runtime.checks import require_floats, require_labels, require_one_device, require_width
 from mooring_kernels.runtime.dispatch import Impl, choose
+from mooring_kernels.runtime.eager import runs_eagerly
 
 
 def ring_push_(
@@ -76,13 +77,15 @@ def ring_push_(
     if chosen == "reference":
         with torch.no_grad():
             reference.ring_push(banks, bank_labels, newest, labels[rows - kept :], first, normalise)
+    elif runs_eagerly(*banks, bank_labels, *newest, labels):
+        _push(banks, bank_labels, newest, labels[rows - kept :], first, normalise, chosen)
+        torch.autograd.graph.increment_version((*banks, bank_labels))  # written behind autograd's back
     else:
         _forward(banks, bank_labels, newest, labels[rows - kept :], first, normalise, chosen)
     return (head + rows) % slots
 
 
-@torch.library.custom_op("mooring::ring_push", mutates_args=("bank_fields", "bank_labels"))
-def _forward(
+def _push(
     bank_fields: list[Tensor],
     bank_labels: Tensor,
     fields: list[Tensor],
@@ -99,6 +102,9 @@ def _forward(
         from mooring_kernels.ring_push import cpu
 
         cpu.ring_push_fwd(bank_fields, bank_labels, fields, labels, head, normalise)
+
+
+_forward = torch.library.custom_op("mooring::ring_push", _push, mutates_args=("bank_fields", "bank_labels"))
 
 
 @_forward.register_fake
