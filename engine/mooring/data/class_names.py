@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from mooring.data.class_table import class_rows
 from mooring.errors import DataError
 
 
@@ -46,12 +46,7 @@ def readable_names(classes: Sequence[str], file: Path | None = None) -> list[str
 
 
 def _table(file: Path) -> dict[str, str]:
-    try:
-        text = file.expanduser().read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as err:
-        raise DataError(f"method.class_names: {file} cannot be read as text: {err}") from None
-    delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-    rows = [row for row in csv.reader(text.splitlines(), delimiter=delimiter) if row]
+    rows = class_rows(file, "method.class_names")
     short = next((row for row in rows if len(row) < 2), None)
     if short is not None:
         raise DataError(

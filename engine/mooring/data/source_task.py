@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mooring.data.class_table import class_rows
 from mooring.data.manifest import Manifest, Split
 from mooring.errors import DataError
 
@@ -106,12 +106,7 @@ def class_indices(classes: Sequence[str], head_classes: int, file: Path | None) 
 
 
 def _table(file: Path) -> dict[str, int]:
-    try:
-        text = file.expanduser().read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as err:
-        raise DataError(f"method.source_classes: {file} cannot be read as text: {err}") from None
-    delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
-    rows = [row for row in csv.reader(text.splitlines(), delimiter=delimiter) if row]
+    rows = class_rows(file, "method.source_classes")
     if rows and len(rows[0]) > 1 and not _is_index(rows[0][1]):
         del rows[0]  # a header
     bad = next((row for row in rows if len(row) < 2 or not _is_index(row[1])), None)

@@ -41,15 +41,12 @@ def smallest_squared_singular_values(features: Tensor, valid: Tensor, count: int
         count: how many; at most min(B, D) are returned.
     """
     rows = features * valid[:, None]
+    above = rows.detach().square().sum() + 1  # any singular value squared
     if rows.shape[0] > rows.shape[1]:
         gram = rows.T @ rows
     else:
-        gram = rows @ rows.T
         # A row that does not count must not bring a singular value of zero: its own is moved out of the way.
-        bound = gram.detach().diagonal().sum() + 1
-        gram = gram + torch.diag_embed((~valid) * 2 * bound)
-    values = torch.linalg.eigvalsh(gram)
-    kept = values[: min(count, values.shape[0])]
+        gram = rows @ rows.T + torch.diag_embed((~valid) * 2 * above)
+    kept = torch.linalg.eigvalsh(gram)[:count]
     # fewer valid rows than asked for: what was moved away is not a singular value
-    limit = features.detach().square().sum() + 1
-    return torch.where(kept.detach() > limit, 0.0, kept).clamp_min(0)
+    return torch.where(kept.detach() > above, 0.0, kept).clamp_min(0)

@@ -26,6 +26,29 @@ def batch_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float =
     return total / (labels >= 0).sum().clamp_min(1)
 
 
+def mean_over_valid(rows: Tensor, valid: Tensor) -> Tensor:
+    """Mean of a number per row over the rows that count; 0 if there are none.
+
+    Args:
+        rows: [B] float.
+        valid: [B] bool.
+    """
+    return (rows * valid).sum() / valid.sum().clamp_min(1)
+
+
+def tempered_divergence(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor) -> Tensor:
+    """``mean_i KL(softmax(t_i / T) || softmax(s_i / T))`` over the valid rows, without a factor T^2.
+
+    Args:
+        student: s, logits [B, C] fp32.
+        teacher: t, logits [B, C] fp32.
+        temperature: T > 0.
+        valid: [B] bool.
+    """
+    now, wanted = ((logits / temperature).log_softmax(1) for logits in (student, teacher))
+    return mean_over_valid(F.kl_div(now, wanted, reduction="none", log_target=True).sum(1), valid)
+
+
 def batch_metrics(loss: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Detached device scalars: the loss, and the count of valid and of correct rows (so that sums can be averaged)."""
     if labels.ndim == 2:

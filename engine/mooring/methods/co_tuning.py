@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mooring.config.baseline_settings import CoTuningSettings
 from mooring.methods.base import At, Method, Needs, SetupContext
+from mooring.methods.classification import mean_over_valid
 from mooring.methods.forward import Forward
 
 
@@ -60,5 +61,4 @@ class CoTuning(Method):
             logits = self.source_head(run.features.float())
             targets = self.relationship[run.batch.labels.clamp_min(0)]
             rows = -(targets * logits.log_softmax(1)).sum(1)
-            mean = (rows * run.valid).sum() / run.valid.sum().clamp_min(1)
-        return {"co_tuning": self.settings.co_weight * mean}
+        return {"co_tuning": self.settings.co_weight * mean_over_valid(rows, run.valid)}

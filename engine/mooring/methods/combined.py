@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any, ClassVar, Literal
 
@@ -108,13 +109,13 @@ class Combined(Method):
         """The parts, in order."""
         return list(self.parts.values())  # type: ignore[arg-type]
 
-    def _owner(self, hook: str) -> Method | None:
-        """The part that defines a hook which only one may."""
+    def _only(self, hook: str) -> Callable[..., Any]:
+        """The hook of the one part that defines it, else what it is by default."""
         owners = [part for part in self.members if getattr(type(part), hook) is not getattr(Method, hook)]
         assert len(owners) <= 1, (
             f"{[o.name for o in owners]} all define {hook}; the table lets no such pair in"
         )
-        return owners[0] if owners else None
+        return getattr(owners[0], hook) if owners else partial(getattr(Method, hook), self)
 
     def recorded_modules(self) -> Sequence[str]:
         return [name for part in self.members for name in part.recorded_modules()]
@@ -128,8 +129,7 @@ class Combined(Method):
             part.before_step(at)
 
     def classification(self, run: Forward, at: At) -> Tensor:
-        owner = self._owner("classification")
-        return super().classification(run, at) if owner is None else owner.classification(run, at)
+        return self._only("classification")(run, at)
 
     def additions(self, run: Forward, at: At) -> dict[str, Tensor]:
         return {
@@ -139,8 +139,7 @@ class Combined(Method):
         }
 
     def widened(self, loss: Tensor, run: Forward, at: At) -> Tensor:
-        owner = self._owner("widened")
-        return loss if owner is None else owner.widened(loss, run, at)
+        return self._only("widened")(loss, run, at)
 
     def pushed(self, run: Forward) -> Mapping[str, Tensor]:
         return {
@@ -171,10 +170,7 @@ class Combined(Method):
         return [p for part in self.members for p in part.pretrained_parameters()]
 
     def head_lr_multiplier(self, batch_size: int, optimizer: str) -> float:
-        owner = self._owner("head_lr_multiplier")
-        if owner is None:
-            return super().head_lr_multiplier(batch_size, optimizer)
-        return owner.head_lr_multiplier(batch_size, optimizer)
+        return self._only("head_lr_multiplier")(batch_size, optimizer)
 
     def lr_factors(self, at: At) -> Mapping[str, float]:
         factors: dict[str, float] = {}
@@ -184,27 +180,19 @@ class Combined(Method):
         return factors
 
     def predict(self, images: Tensor) -> Tensor:
-        owner = self._owner("predict")
-        return super().predict(images) if owner is None else owner.predict(images)
+        return self._only("predict")(images)
 
     def exported(self) -> tuple[nn.Module, nn.Linear]:
-        owner = self._owner("exported")
-        return super().exported() if owner is None else owner.exported()
+        return self._only("exported")()
 
     def exported_front_door(self) -> tuple[FrontDoorHead, str] | None:
-        owner = self._owner("exported_front_door")
-        return None if owner is None else owner.exported_front_door()
+        return self._only("exported_front_door")()
 
     def prediction_choices(self) -> tuple[str, ...]:
-        owner = self._owner("prediction_choices")
-        return () if owner is None else owner.prediction_choices()
+        return self._only("prediction_choices")()
 
     def choose_prediction(self, choice: str) -> None:
-        owner = self._owner("choose_prediction")
-        if owner is None:
-            super().choose_prediction(choice)
-        else:
-            owner.choose_prediction(choice)
+        self._only("choose_prediction")(choice)
 
     def extra_state(self) -> StateTree:
         return {part.name: part.extra_state() for part in self.members}

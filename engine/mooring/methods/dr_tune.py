@@ -19,7 +19,7 @@ from mooring.config.method_settings import DRTuneSettings
 from mooring.data.batch import Batch
 from mooring.methods.bank import BankSpec, FeatureBank
 from mooring.methods.base import At, Method, Needs, SetupContext, StateTree, StepOutput
-from mooring.methods.classification import batch_metrics
+from mooring.methods.classification import batch_metrics, mean_over_valid
 from mooring.methods.dr_tune_paper import paper_calibration
 from mooring.methods.forward import Forward
 from mooring_kernels import bank_cross_entropy, calibrate, dr_tune_loss, procrustes_rotation
@@ -231,8 +231,7 @@ class DRTune(Method):
     @staticmethod
     def _scale(run: Forward) -> Tensor:
         """Mean feature norm over the valid rows: a padding row must not pull it."""
-        norms = torch.linalg.vector_norm(run.features.detach().float(), dim=1) * run.valid
-        return norms.sum() / run.valid.sum().clamp_min(1)
+        return mean_over_valid(torch.linalg.vector_norm(run.features.detach().float(), dim=1), run.valid)
 
     def pushed(self, run: Forward) -> Mapping[str, Tensor]:
         if self.settings.bank_size == 0:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mooring.config.baseline_settings import FeatureDistillationSettings
 from mooring.methods.base import At, Method, Needs
+from mooring.methods.classification import mean_over_valid
 from mooring.methods.forward import Forward
 
 
@@ -37,5 +38,5 @@ class FeatureDistillation(Method):
         with torch.autocast(run.features.device.type, enabled=False):
             apart = self.regressor(run.features.float()) - run.frozen_features
             rows = apart.square().sum(1)
-            mean = (rows * run.valid).sum() / run.valid.sum().clamp_min(1)
+            mean = mean_over_valid(rows, run.valid)
         return {"feature_distillation": 0.5 * self.settings.feature_pull * mean}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel
 from torch import Tensor, nn
 
 from mooring.config.baseline_settings import LwFSettings
 from mooring.methods.base import At, Method, Needs
+from mooring.methods.classification import tempered_divergence
 from mooring.methods.forward import Forward
 
 
@@ -35,12 +35,11 @@ class LwF(Method):
         self.source_head = self.own_source_head().requires_grad_(False)
 
     def additions(self, run: Forward, at: At) -> dict[str, Tensor]:
-        temperature = self.settings.distillation_temperature
         with torch.autocast(run.features.device.type, enabled=False):
-            student = self.source_head(run.features.float()) / temperature
-            teacher = self.source_head(run.frozen_features).detach() / temperature
-            rows = F.kl_div(
-                student.log_softmax(1), teacher.log_softmax(1), reduction="none", log_target=True
-            ).sum(1)
-            divergence = (rows * run.valid).sum() / run.valid.sum().clamp_min(1)
+            divergence = tempered_divergence(
+                self.source_head(run.features.float()),
+                self.source_head(run.frozen_features).detach(),
+                self.settings.distillation_temperature,
+                run.valid,
+            )
         return {"lwf": self.settings.distillation * divergence}

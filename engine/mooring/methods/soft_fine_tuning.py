@@ -14,7 +14,7 @@ from mooring.config.soft_settings import SoftFineTuningSettings
 from mooring.data.batch import Batch
 from mooring.errors import ConfigError
 from mooring.methods.base import At, Method, Needs, SetupContext
-from mooring.methods.classification import batch_cross_entropy
+from mooring.methods.classification import batch_cross_entropy, tempered_divergence
 from mooring.methods.forward import Forward
 from mooring.methods.soft_schedule import source_batch_rows, source_weight
 from mooring.models.batchnorm_source import mixes_rows, running_statistics, untracked, with_statistics
@@ -184,12 +184,11 @@ class SoftFineTuning(Method):
 
     def _divergence(self, run: Forward) -> Tensor:
         """Of the source head's answers to the target images, from its first ones."""
-        temperature = self.settings.distillation_temperature
         assert self.first_weight is not None
         with torch.autocast(run.features.device.type, enabled=False):
-            now = self.source_head(run.features.float()) / temperature
-            first = F.linear(run.frozen_features, self.first_weight, self.first_bias) / temperature
-            rows = F.kl_div(now.log_softmax(1), first.log_softmax(1), reduction="none", log_target=True).sum(
-                1
+            return tempered_divergence(
+                self.source_head(run.features.float()),
+                F.linear(run.frozen_features, self.first_weight, self.first_bias),
+                self.settings.distillation_temperature,
+                run.valid,
             )
-            return (rows * run.valid).sum() / run.valid.sum().clamp_min(1)

@@ -246,10 +246,7 @@ def fake_head_pass(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     features, _, _, _, weight, bias, *_ = inputs
-    ctx.dtypes = features.dtype, weight.dtype, None if bias is None else bias.dtype
-    ctx.save_for_backward(*output[2:5])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # nobody fills their gradients with zeros
+    keep_head_pass(ctx, features, weight, bias, output)
 
 
 def _autograd(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -259,6 +256,16 @@ def _autograd(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...
         ctx.saved_tensors, grad_total, ctx.dtypes, wanted
     )
     return grad_features, None, None, None, grad_weight, grad_bias, None, None, None, None
+
+
+def keep_head_pass(
+    ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, output: tuple[Tensor, ...]
+) -> None:
+    """Keeps of a ``HeadPass`` what the backward multiplies: its gradients."""
+    ctx.dtypes = features.dtype, weight.dtype, None if bias is None else bias.dtype
+    ctx.save_for_backward(*output[2:5])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # nobody fills their gradients with zeros
 
 
 def scaled_gradients(

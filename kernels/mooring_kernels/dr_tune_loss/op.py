@@ -10,6 +10,7 @@ from torch import Tensor
 from mooring_kernels.bank_cross_entropy.op import (
     fake_head_pass,
     gradients_asked,
+    keep_head_pass,
     mean_over_rows,
     require_smoothing,
     scaled_gradients,
@@ -211,11 +212,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    features, weight, bias = inputs[0], inputs[5], inputs[6]
-    ctx.dtypes = features.dtype, weight.dtype, None if bias is None else bias.dtype
-    ctx.save_for_backward(*output[2:5])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # nobody fills their gradients with zeros
+    keep_head_pass(ctx, features=inputs[0], weight=inputs[5], bias=inputs[6], output=output)
 
 
 def _autograd(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
