@@ -23,6 +23,7 @@ EXACT = {
     "swin_tiny_patch4_window7_224": 64,
     "convnext_atto": 64,
     "mobilenetv3_small_050": 64,
+    "cifar_resnet20": 32,
     "resnetv2_50": None,
 }
 

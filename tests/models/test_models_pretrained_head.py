@@ -25,7 +25,9 @@ def saved(name: str, folder: Path) -> tuple[torch.nn.Module, Path]:
     return model, folder / "weights.safetensors"
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "mobilenetv3_small_050"])
+@pytest.mark.parametrize(
+    "name", ["test_resnet", "test_vit", "test_convnext", "mobilenetv3_small_050", "cifar_resnet20"]
+)
 def test_encoder_and_head_give_the_pretrained_logits(name: str, tmp_path: Path) -> None:
     model, weights = saved(name, tmp_path)
     encoder = build_encoder(name, weights=weights).eval()

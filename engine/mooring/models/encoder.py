@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import mooring.models.cifar_resnet  # noqa: F401  registers what timm lacks
 from mooring.errors import ConfigError, WeightsError
 from mooring.models.reachable import require_reachable
 from mooring.models.torchvision_shim import import_timm

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import mooring.models.cifar_resnet  # noqa: F401  registers what timm lacks
 from mooring.config.load import load_config
 from mooring.config.schema import RunConfig
 from mooring.data.augment import Augmentation, ModelInput, evaluation

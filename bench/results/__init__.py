@@ -1,0 +1,1 @@
+"""What prepares and runs the experiments of the README."""
