@@ -26,6 +26,10 @@ class RunFolderError(MooringError):
     """The output folder cannot be written or does not hold what is asked of it."""
 
 
+class DistributedError(MooringError):
+    """The processes of a run cannot work together."""
+
+
 class MissingDependencyError(MooringError, ImportError):
     """An optional package is needed and is not installed."""
 

@@ -1,0 +1,167 @@
+"""The processes of a run: which one this is, and how they agree on small things."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mooring.errors import DistributedError
+
+_T = TypeVar("_T")
+# A rank that waits longer than this for another one gives up: the other one hangs, or its link is cut.
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """One process among those that train together; alone, every call does nothing and returns at once.
+
+    All calls but the attributes are collective: every rank makes the same ones in the same order. They wait for
+    the other ranks, so they belong between steps, not inside one.
+
+    Attributes:
+        rank: this process, 0 to world - 1, in the order of the nodes.
+        world: number of processes.
+        local_rank: this process among those of its node; chooses the device.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def here(cls) -> Ranks:
+        """The ranks of the default process group; a single process where there is none."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        rank = dist.get_rank()
+        return cls(rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which writes the run folder and speaks."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Returns when every rank has called it."""
+        if self.world > 1:
+            # a sum on the CPU, not dist.barrier: that one would occupy a GPU where the group has one
+            dist.all_reduce(torch.zeros(1))
+
+    def gather(self, obj: _T) -> list[_T]:
+        """Every rank's object, by rank, on every rank. Small objects of plain types."""
+        if self.world == 1:
+            return [obj]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, obj)
+        return found
+
+    def broadcast(self, obj: _T) -> _T:
+        """Rank 0's object on every rank."""
+        if self.world == 1:
+            return obj
+        box: list[Any] = [obj]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank; the same answer on all."""
+        if self.world == 1:
+            return flag
+        total = torch.tensor([int(flag)])
+        dist.all_reduce(total)
+        return bool(total.item())
+
+    def all_reduce_(self, tensor: Tensor, op: Literal["sum", "max", "min"] = "sum") -> Tensor:
+        """Replaces the tensor by its sum (maximum, minimum) over the ranks, in place, and returns it.
+
+        Args:
+            tensor: contiguous, the same shape and dtype on every rank, on the CPU or the rank's own device;
+                with a device tensor nothing waits on the host.
+            op: how ranks are combined.
+        """
+        if self.world > 1:
+            kinds = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+            dist.all_reduce(tensor, op=kinds[op])
+        return tensor
+
+
+def launched_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
+    """What the launcher (torchrun, DeepSpeed) says about this process; a single one where it says nothing.
+
+    Raises:
+        DistributedError: it contradicts itself, or says half of it.
+    """
+    if "WORLD_SIZE" not in environment:
+        return Ranks()
+    numbers: dict[str, int] = {}
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        text = environment.get(
+            name, environment["RANK"] if name == "LOCAL_RANK" and "RANK" in environment else ""
+        )
+        if not text.isdecimal():
+            raise DistributedError(
+                f"the environment has WORLD_SIZE={environment['WORLD_SIZE']!r} and {name}={text!r}, expected whole "
+                "numbers: start the run with torchrun or deepspeed, or unset both"
+            )
+        numbers[name] = int(text)
+    if not 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]:
+        raise DistributedError(
+            f"RANK={numbers['RANK']} is none of the {numbers['WORLD_SIZE']} ranks that WORLD_SIZE tells of"
+        )
+    if numbers["WORLD_SIZE"] > 1 and not (environment.get("MASTER_ADDR") and environment.get("MASTER_PORT")):
+        raise DistributedError(
+            f"WORLD_SIZE={numbers['WORLD_SIZE']}, but MASTER_ADDR and MASTER_PORT do not say where rank 0 listens: "
+            "start the run with torchrun or deepspeed"
+        )
+    return Ranks(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"])
+
+
+def init_from_environment(*, timeout: timedelta = DEFAULT_TIMEOUT) -> Ranks:
+    """Joins the process group that the launcher describes; does nothing for a process on its own, or a second time.
+
+    The group runs gloo for CPU tensors and, where there are GPUs, NCCL for theirs; it is left when the process ends.
+
+    Args:
+        timeout: how long a rank waits for another one in any exchange.
+
+    Raises:
+        DistributedError: the environment is contradictory, a rank has no GPU of its own, or rank 0 was not reached.
+    """
+    if dist.is_initialized():
+        return Ranks.here()
+    ranks = launched_ranks()
+    if ranks.world == 1:
+        return ranks
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        if ranks.local_rank >= torch.cuda.device_count():
+            raise DistributedError(
+                f"rank {ranks.rank} is number {ranks.local_rank} on its node, which has {torch.cuda.device_count()} "
+                "GPUs: start one process per GPU"
+            )
+        torch.cuda.set_device(ranks.local_rank)
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=timeout)
+    except (dist.DistError, RuntimeError, ValueError) as err:
+        raise DistributedError(
+            f"rank {ranks.rank} of {ranks.world} could not join the others at {address} within "
+            f"{timeout.total_seconds():.0f} s: {err}"
+        ) from err
+    atexit.register(_leave)
+    return ranks
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
