@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parent
 def build_tool(name: str, variable: str) -> str:
     """Path of cmake or ninja: the Python package of that name if installed, else the one on PATH."""
     try:
-        folder = Path(getattr(__import__(name), variable))
+        folder = Path(getattr(importlib.import_module(name), variable))
     except ImportError:
         folder = None
     found = shutil.which(name, path=str(folder) if folder else None) or shutil.which(name)
