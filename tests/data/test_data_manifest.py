@@ -64,6 +64,27 @@ def test_a_changed_row_is_noticed(saved: Path, column: str, value: object) -> No
         Manifest.load(saved)
 
 
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("class", 99), ("class", -1), ("class", None), ("label", "x"), ("split", "elsewhere"), ("id", 7), ("width", 0),
+        ("height", -3), ("bytes", 0), ("path", None), ("sha256", None),
+    ],
+)  # fmt: skip
+def test_signed_values_that_no_scan_writes_are_refused(saved: Path, column: str, value: object) -> None:
+    rewrite(saved, column, 0, value, sign=True)
+    with pytest.raises(DataError, match=f"impossible values in the column.*{column}"):
+        Manifest.load(saved)
+
+
+def test_rows_in_a_folder_of_parquet_files_are_not_taken(saved: Path) -> None:
+    rows = (saved / ROWS_FILE).read_bytes()
+    (saved / ROWS_FILE).unlink()
+    write(saved, {f"{ROWS_FILE}/part.parquet": rows})
+    with pytest.raises(DataError, match="whole manifest"):
+        Manifest.load(saved)
+
+
 @pytest.mark.parametrize("path", ["/etc/hostname", "../x.jpg", "train/../../x.jpg", "train/link/x.jpg", ".."])
 def test_a_signed_path_that_leaves_the_root_is_refused(tmp_path: Path, path: str) -> None:
     root = write_splits(tmp_path / "root")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mooring.errors import RunFolderError
+from mooring.parsing import parse_json
 from mooring.report.records import json_line, write_text_atomic
 
 FILE_NAME = "records.jsonl"
@@ -28,7 +28,7 @@ def read_records(folder: Path) -> dict[str, Record]:
     records: dict[str, Record] = {}
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             missing = [name for name in _NEEDED if name not in record]
         except (ValueError, TypeError) as err:
             raise RunFolderError(f"{file}:{number}: expected a record, got {err}") from None

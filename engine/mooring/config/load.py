@@ -7,7 +7,6 @@ key given twice: the later override wins, and any override wins over the recipe.
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -22,6 +21,7 @@ from mooring.config.method_settings import CombinedSettings, MethodSettings, met
 from mooring.config.schema import RunConfig
 from mooring.config.tes_settings import TeSSettings
 from mooring.errors import ConfigError
+from mooring.parsing import parse_toml
 
 _Flat = dict[str, Any]
 _LOCAL_DIR = "local-dir:"  # timm's prefix of a model folder
@@ -172,8 +172,8 @@ def _read(file: Traversable) -> _Flat:
 
 def _parse(text: str, origin: str) -> _Flat:
     try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as err:
+        tree = parse_toml(text)
+    except ValueError as err:
         raise ConfigError(f"{origin}: not valid TOML: {err}") from None
     return dict(_flatten(tree))
 
@@ -205,9 +205,9 @@ def _override(key: str, raw: str) -> Iterable[tuple[str, Any]]:
     if known is not None and known.optional and raw.lower() in ("none", "null"):
         return [(name, None)]
     try:
-        tree = tomllib.loads(f"value = {raw}")
+        tree = parse_toml(f"value = {raw}")
         value = tree["value"] if set(tree) == {"value"} else raw
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         value = raw
     if isinstance(value, Mapping):
         return _flatten(value, key + ".")

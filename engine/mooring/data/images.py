@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from mooring.data.decoding_cost import check_canvas, check_header
 from mooring.data.quarantine import ImageProblem, Reason
 
 # Pillow knows some forty formats; each parser that is not needed is one less to attack.
@@ -143,6 +144,10 @@ def inspect(data: bytes, max_pixels: int) -> ImageFacts:
 def decode_rgb(data: bytes, max_pixels: int | None = None) -> Image.Image:
     """The upright 8-bit RGB picture of a file.
 
+    Args:
+        data: the whole file.
+        max_pixels: as for ``inspect``; None: no limit, for bytes that were inspected before.
+
     Raises:
         ImageProblem: the image cannot be used.
     """
@@ -167,6 +172,8 @@ def _no_pillow_limit() -> Iterator[None]:
 
 def _open(data: bytes, max_pixels: int | None) -> Image.Image:
     check_signature(data)
+    if max_pixels is not None:
+        check_canvas(data, max_pixels)
     try:
         with _no_pillow_limit():
             image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -174,9 +181,8 @@ def _open(data: bytes, max_pixels: int | None) -> Image.Image:
         raise _damaged(data, OSError("unreadable header")) from None
     except Exception as err:  # Pillow's parsers raise whatever the damage led to
         raise _damaged(data, err) from None
-    width, height = image.size
-    if max_pixels is not None and width * height > max_pixels:
-        raise ImageProblem(Reason.TOO_LARGE, f"{width} x {height} pixels, the limit is {max_pixels} pixels")
+    if max_pixels is not None:
+        check_header(image, data, max_pixels)
     return image
 
 

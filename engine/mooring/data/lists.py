@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -25,6 +24,7 @@ from mooring.data.columns import (
 from mooring.data.discover import Candidate, Discovered, is_under
 from mooring.data.quarantine import Quarantined, Reason
 from mooring.errors import DataError
+from mooring.parsing import parse_json
 
 # header, rows, and the values of one column
 _Table = tuple[list[str], Iterator[Sequence[Any]], Callable[[str], Iterable[object]]]
@@ -70,7 +70,7 @@ def label_names(source: Path, column: str) -> list[str] | None:
     if blob is None:
         return None
     try:
-        names = json.loads(blob)["info"]["features"][column]["names"]
+        names = parse_json(blob)["info"]["features"][column]["names"]
     except (ValueError, KeyError, TypeError):
         return None
     return [str(name) for name in names] if isinstance(names, list) else None

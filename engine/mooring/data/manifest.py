@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from mooring.data.discover import SPLITS, is_under
 from mooring.data.quarantine import Quarantined, read_quarantine, write_quarantine
 from mooring.errors import DataError, RunFolderError
+from mooring.parsing import parse_json
 
 VERSION = 1
 ROWS_FILE, HEAD_FILE, QUARANTINE_FILE = "manifest.parquet", "manifest.json", "quarantine.csv"
@@ -207,14 +208,15 @@ class Manifest:
                 f"expected manifest version {VERSION} in {folder}; got {head.get('version')}: scan again"
             )
         try:
-            table = pq.read_table(folder / ROWS_FILE)
+            table = pq.ParquetFile(folder / ROWS_FILE).read()
+            table.validate(full=True)
             root = (folder / head["root"]).resolve()
             manifest = cls(
                 root=root,
                 classes=tuple(head["classes"]),
                 table=table,
-                source=head["source"],
-                notes=tuple(head["notes"]),
+                source=dict(head["source"]),
+                notes=tuple(str(note) for note in head["notes"]),
                 made_validation=head["made_validation"],
                 quarantine=tuple(load_quarantine(folder)),
             )
@@ -231,6 +233,7 @@ class Manifest:
                 f"expected rows with digest {str(head.get('digest'))[:12]} in {folder}; got "
                 f"{manifest.digest[:12]}: the manifest was changed after the scan; scan again"
             )
+        _check_rows(manifest, folder)
         _check_under_root(table["path"].to_pylist(), root, folder)
         return manifest
 
@@ -271,7 +274,7 @@ def scanned_path(folder: Path) -> str | None:
 
 def _read_head(folder: Path) -> dict[str, Any]:
     try:
-        head = json.loads((folder / HEAD_FILE).read_text(encoding="utf-8"))
+        head = parse_json((folder / HEAD_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(
             f"expected a manifest folder with {HEAD_FILE}; got {folder}, which has none"
@@ -281,6 +284,34 @@ def _read_head(folder: Path) -> dict[str, Any]:
     if not isinstance(head, dict):
         raise DataError(f"expected an object in {folder / HEAD_FILE}; got {type(head).__name__}: scan again")
     return head
+
+
+def _check_rows(manifest: Manifest, folder: Path) -> None:
+    """A digest tells that the rows are those that were signed, not that they make sense to whoever reads them."""
+    table, classes = manifest.table, manifest.classes
+    if not all(isinstance(name, str) for name in classes) or len(set(classes)) != len(classes):
+        raise DataError(f"expected a list of different class names in {folder}; got others: scan again")
+    gaps = [name for name in SCHEMA.names if table[name].null_count]
+    sizes = [table[name].to_numpy() for name in ("width", "height")]
+    wrong = (
+        {
+            "id": not np.array_equal(table["id"].to_numpy(), np.arange(len(table))),
+            "class or label": [
+                classes[c] if 0 <= c < len(classes) else None for c in table["class"].to_pylist()
+            ]
+            != table["label"].to_pylist(),
+            "split": not set(table["split"].to_pylist()) <= set(SPLITS),
+            "width or height": any(bool((side < 1).any()) for side in sizes),
+            "bytes": bool((table["bytes"].to_numpy() < 1).any()),
+        }
+        if not gaps
+        else dict.fromkeys(gaps, True)
+    )
+    if any(wrong.values()):
+        raise DataError(
+            f"expected rows of a scan in {folder / ROWS_FILE}; got impossible values in the column "
+            f"{', '.join(name for name, is_wrong in wrong.items() if is_wrong)}: scan again"
+        )
 
 
 def _check_under_root(paths: list[str], root: Path, folder: Path) -> None:

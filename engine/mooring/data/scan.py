@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from typing import Literal
 import pyarrow as pa
 
 from mooring.data.columns import Columns
+from mooring.data.decoding_cost import check_file_size
 from mooring.data.discover import SPLITS, Candidate, Discovered, discover_folder
 from mooring.data.embedded import EMBEDDED, extract, image_column
 from mooring.data.images import ImageFacts, check_signature, inspect
@@ -22,6 +22,7 @@ from mooring.data.lists import LIST_SUFFIXES, discover_list
 from mooring.data.manifest import SCHEMA, Manifest, check_labels
 from mooring.data.out_folder import writable
 from mooring.data.quarantine import ImageProblem, Quarantined, Reason
+from mooring.data.regular_file import open_regular
 from mooring.data.validation_split import check_settings, validation_rows
 from mooring.errors import DataError
 
@@ -236,13 +237,12 @@ def _inspect_all(
 
 def _inspect_one(root: Path, candidate: Candidate, max_pixels: int) -> _Seen | Quarantined:
     try:
-        file = root / candidate.path
-        if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would wait for ever
-            return Quarantined(candidate.listed_as, Reason.UNREADABLE, "not a regular file")
-        with file.open("rb") as stream:
-            mtime_ns = os.fstat(stream.fileno()).st_mtime_ns
+        with open_regular(root / candidate.path) as stream:
+            status = os.fstat(stream.fileno())
+            mtime_ns = status.st_mtime_ns
             data = stream.read(_HEAD)
             check_signature(data)
+            check_file_size(status.st_size, max_pixels)
             data += stream.read()
         facts = inspect(data, max_pixels)
     except ImageProblem as problem:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from mooring.errors import ConfigError, WeightsError
 from mooring.models.reachable import require_reachable
 from mooring.models.torchvision_shim import import_timm
 from mooring.models.weights import cached_weights, load_into, read_state_dict
+from mooring.parsing import parse_json
 
 timm = import_timm()
 _log = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ def described(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
 def _described_folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     file = folder / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_text(encoding="utf-8"))
         cfg = config.get("pretrained_cfg", config)
         architecture = config["architecture"]
     except FileNotFoundError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from mooring.errors import RunFolderError
+from mooring.parsing import parse_json
 from mooring.report.records import from_json_number, json_line
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def read_metrics(path: Path) -> list[Record]:
         if not line:
             continue
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             values = {name: from_json_number(value) for name, value in entry["values"].items()}
             record = Record(entry["kind"], int(entry["step"]), int(entry["epoch"]), values)
         except (ValueError, KeyError, TypeError, AttributeError) as err:

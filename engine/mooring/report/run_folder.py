@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from typing import Any
 from mooring.config.method_settings import method_title
 from mooring.config.schema import RunConfig
 from mooring.errors import RunFolderError
+from mooring.parsing import parse_json
 from mooring.report.records import write_json_atomic, write_text_atomic
 
 # What logs, pictures and TensorBoard events of a long run may take; weights come on top.
@@ -45,7 +45,7 @@ class RunFolder:
             RunFolderError: it is not there, or not JSON.
         """
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
+            return parse_json((self.path / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RunFolderError(f"{self.path}: expected {name}, got none: the run did not end") from None
         except ValueError as err:

@@ -15,6 +15,7 @@ from mooring.config.keys import all_keys
 from mooring.config.load import load_config, shipped_recipes
 from mooring.config.method_settings import method_title
 from mooring.errors import RunFolderError
+from mooring.parsing import parse_json
 from mooring.report.metrics import counted, duration, shown_metrics
 from mooring.report.metrics_log import FILE_NAME, read_metrics
 from mooring.report.records import from_json_number
@@ -109,7 +110,7 @@ def _result(result: Mapping[str, Any], classes: int | None) -> list[RenderableTy
 def _class_count(run: Path) -> int | None:
     """C as the run's manifest tells it; None where that cannot be read."""
     try:
-        head = json.loads((run / "manifest" / "manifest.json").read_text(encoding="utf-8"))
+        head = parse_json((run / "manifest" / "manifest.json").read_text(encoding="utf-8"))
         return len(head["classes"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,15 +15,18 @@ import mooring.models.cifar_resnet  # noqa: F401  registers what timm lacks
 from mooring.config.load import load_config
 from mooring.config.schema import RunConfig
 from mooring.data.augment import Augmentation, ModelInput, evaluation
+from mooring.data.decoding_cost import check_file_size
 from mooring.data.draws import draw
 from mooring.data.images import decode_rgb
 from mooring.data.manifest import Manifest, Split
 from mooring.data.quarantine import ImageProblem
+from mooring.data.regular_file import open_regular
 from mooring.data.render import render
 from mooring.data.sources import make_source
 from mooring.errors import DataError, RunFolderError
 from mooring.models.front_door import with_front_door
 from mooring.models.torchvision_shim import import_timm
+from mooring.parsing import parse_json
 from mooring.report.run_folder import existing_run
 from mooring.train.evaluate import EvalResult, evaluate
 from mooring.train.extra_tests import measured_split, open_for_evaluation
@@ -118,8 +121,11 @@ class Predictor:
 
     def _prepared(self, path: Path) -> np.ndarray:
         """[S, S, 3] float32, prepared as validation images are."""
+        limit = self.config.data.max_pixels
         try:
-            image = decode_rgb(path.read_bytes())
+            with open_regular(path) as stream:
+                check_file_size(os.fstat(stream.fileno()).st_size, limit)
+                image = decode_rgb(stream.read(), limit)
         except OSError as err:
             raise DataError(f"cannot read {path}: {err.strerror}") from None
         except ImageProblem as problem:
@@ -194,7 +200,7 @@ def load_run(run: Path) -> Predictor:
     config = load_config(folder.path / "config.toml", [])
     device = choose_device("auto")
     try:
-        described = json.loads((exported / "config.json").read_text(encoding="utf-8"))
+        described = parse_json((exported / "config.json").read_text(encoding="utf-8"))
         classes = [str(name) for name in described["label_names"]]
         augment = evaluation(ModelInput.from_model_config(described["pretrained_cfg"]))
         model = import_timm().create_model(f"local-dir:{exported}", pretrained=True)
