@@ -36,7 +36,8 @@ def check_canvas(data: bytes, max_pixels: int) -> None:
         ImageProblem: more than ``max_pixels``.
     """
     if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":
-        _check_pixels(*(1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27)), max_pixels)
+        width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
+        _check_pixels(width, height, max_pixels)
 
 
 def check_header(image: Image.Image, data: bytes, max_pixels: int) -> None:
