@@ -27,6 +27,7 @@ from mooring.errors import ConfigError, DataError, MooringError
 if TYPE_CHECKING:
     from mooring.config.schema import RunConfig
     from mooring.data.manifest import Manifest
+    from mooring.launch.request import LaunchRequest
     from mooring.report.predictions import Ranked
     from mooring.train.results import RunPlan, RunResult
 
@@ -387,6 +388,140 @@ def recommend(
     console.print(f"  {escape(found.command)}", soft_wrap=True)
 
 
+_Hostfile = Annotated[
+    Path | None,
+    typer.Option(
+        "--hostfile", metavar="FILE", readable=False, help="Lines of  NAME slots=COUNT.", show_default=False
+    ),
+]
+_Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="RECIPE | KEY=VALUE", help="As after mooring train."),
+]
+_Environment = Annotated[
+    list[str] | None,
+    typer.Option("--env", metavar="NAME=VALUE", help="Set for every process; may be repeated."),
+]
+_Address = Annotated[
+    str | None, typer.Option("--master-addr", help="Where the processes meet. \\[default: the first host]")
+]
+_Port = Annotated[int, typer.Option("--master-port", min=1, max=65535, help="Free on the first host.")]
+
+
+@app.command(cls=_TrainCommand)
+def launch(
+    arguments: _Arguments = None,
+    hostfile: _Hostfile = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes on this machine, or on each of Slurm's nodes. \\[default: 1]"),
+    ] = None,
+    torchrun: Annotated[
+        bool, typer.Option("--torchrun", help="Start them by torchrun instead of DeepSpeed's launcher.")
+    ] = False,
+    pdsh: Annotated[
+        bool, typer.Option("--pdsh", help="Reach the hosts by DeepSpeed's runner and pdsh.")
+    ] = False,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Write and submit a Slurm batch script.")] = False,
+    nodes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N | MIN:MAX", help="Machines to ask Slurm for; a range where nodes may be lost."
+        ),
+    ] = None,
+    rendezvous: Annotated[
+        str, typer.Option(metavar="static | c10d", help="torchrun: c10d lets nodes fail and come again.")
+    ] = "static",
+    restarts: Annotated[
+        int, typer.Option(min=0, help="Start a failed job again, from its newest checkpoint.")
+    ] = 0,
+    master_addr: _Address = None,
+    master_port: _Port = 29500,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=0, help="GPUs to ask Slurm for. \\[default: one a process]")
+    ] = None,
+    env: _Environment = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option("--sbatch", metavar="NAME=VALUE", help="Further Slurm option, as in partition=gpu."),
+    ] = None,
+    preflight: Annotated[
+        bool, typer.Option("--preflight/--no-preflight", help="Check all hosts before anything is trained.")
+    ] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the commands, or the batch script; start nothing.")
+    ] = False,
+) -> None:
+    """Train on many machines, or with several processes on this one."""
+    from mooring.launch.request import launch_request
+
+    if rendezvous not in ("static", "c10d"):
+        raise ConfigError(f"--rendezvous: expected static or c10d, got {rendezvous}")
+    config, words = _launched(arguments or [])
+    assert config.out is not None
+    request = launch_request(
+        words,
+        name=config.out.name,
+        hostfile=hostfile,
+        processes=processes,
+        nodes=nodes,
+        torchrun=torchrun,
+        slurm=slurm,
+        pdsh=pdsh,
+        rendezvous="c10d" if rendezvous == "c10d" else "static",
+        restarts=restarts,
+        master_addr=master_addr,
+        master_port=master_port,
+        gpus_per_node=gpus_per_node,
+        env=env or [],
+        sbatch=sbatch or [],
+    )
+    if slurm:
+        from mooring.launch.slurm import submit, write_script
+
+        script = write_script(request, folder=Path.cwd(), dry_run=dry_run)
+        if dry_run:
+            typer.echo(script.text, nl=False)
+            return
+        _stdout().print(f"job {submit(script.path)} submitted; its script is {script.path}", soft_wrap=True)
+        return
+    if dry_run:
+        typer.echo(request.plan().text())
+        return
+    if preflight and request.is_remote:
+        _check_hosts(request, config)
+    from mooring.launch.attempts import run_with_restarts
+
+    run_with_restarts(request, cwd=Path.cwd(), out=config.out, warn=_warn)
+
+
+@app.command(cls=_TrainCommand)
+def preflight(
+    hostfile: _Hostfile = None,
+    arguments: _Arguments = None,
+    torchrun: Annotated[
+        bool, typer.Option("--torchrun", help="Try the all-reduce under torchrun, not DeepSpeed's launcher.")
+    ] = False,
+    master_addr: _Address = None,
+    master_port: _Port = 29500,
+    env: _Environment = None,
+) -> None:
+    """Ask every host what it has, and try a small all-reduce; mooring launch does this by itself."""
+    from mooring.launch.request import launch_request
+
+    config, words = _launched(arguments or [])
+    request = launch_request(
+        words,
+        name="preflight",
+        hostfile=hostfile,
+        torchrun=torchrun,
+        master_addr=master_addr,
+        master_port=master_port,
+        env=env or [],
+    )
+    _check_hosts(request, config)
+
+
 @app.command(name="eval")
 def evaluate(
     # readable=False, here and below: the message about a path is ours, where it is used
@@ -549,6 +684,41 @@ def _recipe_and_overrides(arguments: list[str]) -> tuple[str | None, list[str]]:
             + " ".join(recipes)
         )
     return (recipes[0] if recipes else None), [word for word in arguments if word not in recipes]
+
+
+def _launched(arguments: list[str]) -> tuple[RunConfig, list[str]]:
+    """The settings of a launch, and the words that every rank is started with: they all name one run folder."""
+    from mooring.config.load import load_config
+    from mooring.report.run_folder import default_run_name
+
+    recipe, overrides = _recipe_and_overrides(arguments)
+    config = load_config(recipe, overrides)
+    if config.out is None:
+        out = Path("runs") / default_run_name(config)
+        config = config.model_copy(update={"out": out})
+        overrides = [*overrides, f"out={out}"]
+    return config, ["train", *([recipe] if recipe is not None else []), *overrides]
+
+
+def _check_hosts(request: LaunchRequest, config: RunConfig) -> None:
+    """Prints what the hosts answered.
+
+    Raises:
+        LaunchError: something stands against a start.
+    """
+    from mooring.launch.preflight import check
+    from mooring.models.weights import cached_weights
+
+    out, weights = config.out, config.model.weights
+    assert out is not None
+    files = [Path(weights)] if weights not in ("auto", "none") else []
+    if weights == "auto" and cached_weights(config.model.name).is_file():
+        files = [cached_weights(config.model.name)]
+    result = check(request, data=config.data.path, out=out, files=files, cwd=Path.cwd())
+    console = Console(stderr=True, highlight=False)
+    for table in result.tables():
+        console.print(table)
+    result.require_ready()
 
 
 def _print_data_notes(config: RunConfig, manifest: Manifest) -> None:

@@ -35,6 +35,12 @@ OPTIONS = {
     ("train",): {"--dry-run", "--resume", "--help"},
     ("compare",): {"--methods", "--seeds", "--shots", "--fraction", "--lrs", "--out", "--help"},
     ("recommend",): {"--models", "--methods", "--minutes", "--help"},
+    ("launch",): {
+        "--hostfile", "--processes", "--torchrun", "--pdsh", "--slurm", "--nodes", "--rendezvous", "--restarts",
+        "--master-addr", "--master-port", "--gpus-per-node", "--env", "--sbatch", "--preflight",
+        "--dry-run", "--help",
+    },
+    ("preflight",): {"--hostfile", "--torchrun", "--master-addr", "--master-port", "--env", "--help"},
     ("eval",): {"--data", "--split", "--help"},
     ("predict",): {"--top", "--out", "--overwrite", "--help"},
     ("info",): {"--keys", "--help"},
@@ -66,7 +72,17 @@ def test_options_are_frozen(command: tuple[str, ...]) -> None:
 
 def test_commands_are_frozen() -> None:
     group = typer.main.get_command(app)
-    assert list(group.commands) == ["scan", "train", "compare", "recommend", "eval", "predict", "info"]  # type: ignore[attr-defined]
+    assert list(group.commands) == [
+        "scan",
+        "train",
+        "compare",
+        "recommend",
+        "launch",
+        "preflight",
+        "eval",
+        "predict",
+        "info",
+    ]  # type: ignore[attr-defined]
 
 
 def test_version() -> None:

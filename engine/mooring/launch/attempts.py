@@ -1,0 +1,60 @@
+"""Runs a launch, and starts it again from its newest checkpoint where it failed and that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from mooring.launch.request import LaunchRequest
+from mooring.launch.supervisor import LaunchError, Limits, Remote, relay, run_plan
+
+# Of the environment: what a bare login on another machine needs to find the same modules.
+_FOR_PYTHON = ("PYTHONPATH", "LD_LIBRARY_PATH")
+
+
+def remote_of(request: LaunchRequest) -> Remote:
+    """How the hosts of a launch are reached."""
+    environment = {name: value for name, value in request.environment.items() if name in _FOR_PYTHON}
+    return Remote(environment=environment)
+
+
+def run_with_restarts(
+    request: LaunchRequest,
+    *,
+    cwd: Path,
+    out: Path,
+    warn: Callable[[str], None],
+    limits: Limits | None = None,
+) -> None:
+    """Runs the launch until it ends well, or has failed once more often than ``request.restarts``.
+
+    Args:
+        request: what to run.
+        cwd: the folder to run in, on every machine.
+        out: the run folder, for the error.
+        warn: told about every failure that is followed by a restart.
+        limits: all waits.
+
+    Raises:
+        LaunchError: it failed for good.
+        KeyboardInterrupt: it was interrupted; that is never followed by a restart.
+    """
+    attempt = 0
+    while True:
+        try:
+            run_plan(
+                request.plan(),
+                remote=remote_of(request),
+                limits=limits,
+                cwd=str(cwd),
+                output=relay([host.name for host in request.hosts]),
+            )
+            return
+        except LaunchError as err:
+            if attempt >= request.restarts:
+                raise LaunchError(
+                    f"{err}\nwhat was saved is in {out}: the same command with resume=auto out={out} goes on from there"
+                ) from None
+            attempt += 1
+            warn(f"{err}\nstarting again from the newest checkpoint, restart {attempt} of {request.restarts}")
+            request = request.again()

@@ -1,0 +1,289 @@
+"""Agents and their supervisor on real processes: output, exit codes, failures, lost supervisors, orphans."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mooring.launch.agent import descendants
+from mooring.launch.attempts import run_with_restarts
+from mooring.launch.hosts import Host
+from mooring.launch.plan import Command, LaunchPlan, Program, Rendezvous, local_plan
+from mooring.launch.request import LaunchRequest
+from mooring.launch.supervisor import Job, LaunchError, Limits, Remote, relay, run_plan
+
+QUICK = Limits(connect=20, heartbeat=0.2, silence=20, settle=0.5, grace=1)
+
+
+def plan_of(folder: Path, *sources: str) -> LaunchPlan:
+    """One command a source, each a Python program in ``folder``."""
+    commands = []
+    for rank, source in enumerate(sources):
+        file = folder / f"program{rank}.py"
+        file.write_text(source)
+        commands.append(
+            Command(Host("localhost", 1), range(rank, rank + 1), (sys.executable, "-u", str(file)))
+        )
+    return LaunchPlan("test", tuple(commands), len(commands))
+
+
+class Heard:
+    def __init__(self) -> None:
+        self.texts: dict[tuple[int, int], str] = {}
+
+    def __call__(self, command: Command, text: str, to: int) -> None:
+        key = command.ranks.start, to
+        self.texts[key] = self.texts.get(key, "") + text
+
+
+def wait_for(file: Path) -> str:
+    """The content of a file that a program writes as a whole."""
+    deadline = time.monotonic() + 60
+    while not (file.is_file() and file.read_text().endswith("\n")):
+        assert time.monotonic() < deadline, f"{file} was not written"
+        time.sleep(0.02)
+    return file.read_text()
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_until_gone(pid: int) -> None:
+    deadline = time.monotonic() + 60
+    while runs(pid):
+        assert time.monotonic() < deadline, f"{pid} still runs"
+        time.sleep(0.02)
+
+
+def test_output_environment_and_folder(tmp_path: Path) -> None:
+    heard = Heard()
+    source = "import os, sys\nprint(os.environ['RANK'], os.getcwd())\nprint('naïve ✓', file=sys.stderr)\n"
+    (tmp_path / "shown.py").write_text(source)
+    plan = local_plan(Program(sys.executable, "shown", (), {"PYTHONIOENCODING": "utf-8"}), 2)
+    run_plan(plan, remote=Remote(), limits=QUICK, cwd=str(tmp_path), output=heard)
+    assert heard.texts == {
+        (0, 1): f"0 {tmp_path}\n", (1, 1): f"1 {tmp_path}\n", (0, 2): "naïve ✓\n", (1, 2): "naïve ✓\n",
+    }  # fmt: skip
+
+
+def test_the_first_failure_is_told_and_the_others_are_ended(tmp_path: Path) -> None:
+    waits = "import os, time\nopen('pid', 'w').write(f'{os.getpid()}\\n')\ntime.sleep(600)\n"
+    fails = (
+        "import sys, time, pathlib\n"
+        "while not pathlib.Path('pid').is_file(): time.sleep(0.02)\n"
+        "print('no such weights', file=sys.stderr)\nsys.exit(3)\n"
+    )
+    with pytest.raises(LaunchError) as error:
+        run_plan(
+            plan_of(tmp_path, waits, fails), remote=Remote(), limits=QUICK, cwd=str(tmp_path), output=Heard()
+        )
+    text = str(error.value)
+    assert text.startswith("localhost (rank 1): exit code 3")
+    assert "no such weights" in text
+    wait_until_gone(int(wait_for(tmp_path / "pid")))
+
+
+def test_a_process_that_hears_nothing_is_killed(tmp_path: Path) -> None:
+    """SIGTERM ignored, stopped by SIGSTOP, or both: the job ends all the same."""
+    deaf = (
+        "import os, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "open(f'pid{os.path.basename(__file__)[7]}', 'w').write(f'{os.getpid()}\\n')\n"
+        "if '1.py' in __file__: os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "time.sleep(600)\n"
+    )
+    fails = (
+        "import pathlib, time\n"
+        "while not all(pathlib.Path(f'pid{i}').is_file() for i in (0, 1)): time.sleep(0.02)\n"
+        "raise SystemExit(1)\n"
+    )
+    with pytest.raises(LaunchError, match=r"rank 2\): exit code 1"):
+        run_plan(
+            plan_of(tmp_path, deaf, deaf, fails),
+            remote=Remote(),
+            limits=QUICK,
+            cwd=str(tmp_path),
+            output=Heard(),
+        )
+    for i in (0, 1):
+        wait_until_gone(int(wait_for(tmp_path / f"pid{i}")))
+
+
+def test_killed_by_a_signal_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match="ended by SIGKILL"):
+        run_plan(
+            plan_of(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n"),
+            remote=Remote(), limits=QUICK, cwd=str(tmp_path), output=Heard(),
+        )  # fmt: skip
+
+
+ORPHANS = """
+import os, subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+open("worker", "w").write(f"{worker.pid}\\n")
+{end}
+"""
+
+
+@pytest.mark.parametrize("end", ["os._exit(0)", "os.kill(os.getpid(), 9)", "time.sleep(600)"])
+def test_workers_do_not_outlive_their_launcher(tmp_path: Path, end: str) -> None:
+    """A launcher's workers, in sessions of their own as torchrun's are, whether it ends well, dies or is stopped."""
+    plan = plan_of(tmp_path, ORPHANS.replace("{end}", end))
+    with Job(plan, remote=Remote(), limits=QUICK, cwd=str(tmp_path), output=Heard()) as job:
+        worker = int(wait_for(tmp_path / "worker"))
+        if end == "os._exit(0)":
+            job.wait()
+        elif "kill" in end:
+            with pytest.raises(LaunchError, match="SIGKILL"):
+                job.wait()
+    wait_until_gone(worker)
+
+
+def agent(folder: Path, *, silence: float) -> subprocess.Popen[bytes]:
+    """An agent without a supervisor, whose command has written its process id."""
+    (folder / "waits.py").write_text(
+        "import os, time\nopen('pid', 'w').write(f'{os.getpid()}\\n')\ntime.sleep(600)\n"
+    )
+    job = {
+        "argv": [sys.executable, "waits.py"],
+        "environment": {},
+        "cwd": str(folder),
+        "silence": silence,
+        "grace": 1,
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mooring.launch.agent"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    process.stdin.write((json.dumps(job) + "\n").encode())
+    process.stdin.flush()
+    return process
+
+
+@pytest.mark.parametrize("how", ["closed", "silent", "killed"])
+def test_a_command_does_not_outlive_its_supervisor(tmp_path: Path, how: str) -> None:
+    process = agent(tmp_path, silence=0.5 if how == "silent" else 60)
+    assert process.stdin is not None
+    command = int(wait_for(tmp_path / "pid"))
+    if how == "closed":
+        process.stdin.close()
+    elif how == "killed":
+        process.kill()
+    wait_until_gone(command)
+    process.stdin.close()
+    process.wait(timeout=30)
+
+
+def test_what_cannot_be_started_is_named(tmp_path: Path) -> None:
+    plan = LaunchPlan("test", (Command(Host("localhost", 1), range(1), ("/no/such/python",)),), 1)
+    with pytest.raises(LaunchError, match=r"exit code 127[\s\S]*/no/such/python: No such file"):
+        run_plan(plan, remote=Remote(), limits=QUICK, cwd=str(tmp_path), output=Heard())
+
+
+def test_an_unreachable_host_is_named(tmp_path: Path) -> None:
+    """The words after ``ssh`` are a stand-in that behaves like ssh with a host that is not there."""
+    ssh = tmp_path / "ssh"
+    ssh.write_text("#!/bin/sh\necho 'ssh: connect to host nowhere port 22: No route to host' >&2\nexit 255\n")
+    ssh.chmod(0o755)
+    plan = LaunchPlan("test", (Command(Host("nowhere", 1), range(1), ("true",)),), 1)
+    with pytest.raises(
+        LaunchError, match=r"nowhere \(rank 0\): it could not be started there[\s\S]*No route"
+    ):
+        run_plan(plan, remote=Remote(ssh=(str(ssh),)), limits=QUICK, cwd=str(tmp_path), output=Heard())
+
+
+def test_interrupts_reach_every_rank(tmp_path: Path) -> None:
+    """Ctrl-C on the launch: the ranks end by themselves, with time to save."""
+    waits = (
+        "import os, signal, time\n"
+        "def saved(*_): open(f'saved{os.environ[\"RANK\"]}', 'w').write('yes\\n'); os._exit(130)\n"
+        "signal.signal(signal.SIGINT, saved)\n"
+        "open(f'ready{os.environ[\"RANK\"]}', 'w').write('yes\\n')\ntime.sleep(600)\n"
+    )
+    (tmp_path / "waits.py").write_text(waits)
+    starts = (
+        "import sys\nfrom mooring.launch.plan import Program, local_plan\n"
+        "from mooring.launch.supervisor import Limits, Remote, relay, run_plan\n"
+        "try:\n"
+        "    run_plan(local_plan(Program(sys.executable, 'waits', ()), 2), remote=Remote(),\n"
+        "             limits=Limits(settle=20, grace=20), cwd='.', output=relay(['localhost']))\n"
+        "except KeyboardInterrupt:\n    sys.exit(130)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", starts], cwd=tmp_path)
+    for rank in (0, 1):
+        wait_for(tmp_path / f"ready{rank}")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert [wait_for(tmp_path / f"saved{rank}") for rank in (0, 1)] == ["yes\n", "yes\n"]
+
+
+def test_a_failed_launch_starts_again_from_its_checkpoint(tmp_path: Path) -> None:
+    package = tmp_path / "mooring_stand_in"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "cli.py").write_text(
+        "import sys\nopen('attempts', 'a').write(' '.join(sys.argv[1:]) + '\\n')\n"
+        "sys.exit(0 if open('attempts').read().count('\\n') == 3 else 1)\n"
+    )
+    request = Attempt(
+        launcher="local", hosts=(Host("localhost", 1),), words=("train", "data=x"),
+        rendezvous=Rendezvous("127.0.0.1"), environment={"PYTHONPATH": str(tmp_path)}, restarts=2,
+    )  # fmt: skip
+    warnings: list[str] = []
+    run_with_restarts(request, cwd=tmp_path, out=Path("run"), warn=warnings.append, limits=QUICK)
+    lines = (tmp_path / "attempts").read_text().splitlines()
+    assert lines == ["train data=x", "train data=x resume=auto", "train data=x resume=auto"]
+    assert [text.splitlines()[-1][-3:] for text in warnings] == ["1 of 2"[-3:], "2 of 2"[-3:]]
+    (tmp_path / "attempts").unlink()
+    with pytest.raises(LaunchError, match="resume=auto out=run"):
+        run_with_restarts(
+            replace_restarts(request, 1), cwd=tmp_path, out=Path("run"), warn=warnings.append, limits=QUICK
+        )
+    assert len((tmp_path / "attempts").read_text().splitlines()) == 2
+
+
+class Attempt(LaunchRequest):
+    """A launch of a stand-in for the training."""
+
+    __slots__ = ()
+
+    @property
+    def program(self) -> Program:
+        return Program(sys.executable, "mooring_stand_in.cli", self.words, self.environment)
+
+
+def replace_restarts(request: LaunchRequest, restarts: int) -> LaunchRequest:
+    from dataclasses import replace
+
+    return replace(request, restarts=restarts)
+
+
+def test_other_hosts_speak_behind_their_name(capsys: pytest.CaptureFixture[str]) -> None:
+    write = relay(["node0", "node1"])
+    first, second = (Command(Host(name, 1), range(1), ()) for name in ("node0", "node1"))
+    write(first, "step 1\r", 1)
+    write(second, "half a", 2)
+    write(second, " line\nand", 2)
+    shown = capsys.readouterr()
+    assert shown.out == "step 1\r"
+    assert shown.err == "[node1] half a line\n"
+
+
+def test_descendants_are_found_by_parent() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        assert child.pid in descendants(os.getpid())
+        assert child.pid not in descendants(child.pid)
+    finally:
+        child.kill()
+        child.wait()
