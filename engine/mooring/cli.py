@@ -770,6 +770,9 @@ def _print_result(config: RunConfig, result: RunResult) -> None:
         if result.best_epoch is not None:
             title += f", epoch {result.best_epoch + 1} of {config.train.epochs}"
         console.print(results_table(rows, columns, title=title, first="split"))
+    if result.discrimination:
+        rows = [Row(name, values) for name, values in result.discrimination.items()]
+        console.print(results_table(rows, list(rows[0].values), first="encoder"))
     # a run that was only finished from its saved state trained nothing
     speed = f"{result.images_per_second:.0f} images/s in training, " if result.images_per_second else ""
     where = f"{duration(result.seconds)} in all; run folder: {escape(str(result.run))}"

@@ -43,6 +43,16 @@ def test_the_table_holds_the_figures_by_hand() -> None:
     assert "+2.0 ± 2.5" in text and "a [b]" in text, "80 columns are enough"
 
 
+def test_what_was_measured_beyond_the_classes_has_columns() -> None:
+    measured = [
+        {**each, "discrimination": {"pretrained": {}, "selected": {"source_top1": each["test"]["top1"] / 2}}}
+        for each in RECORDS[:3]
+    ]
+    head, _, first, second = markdown([*measured, *RECORDS[3:]]).splitlines()[:4]
+    assert "| p | source top-1 | learning rate |" in head
+    assert "| - | 41.0 ± 1.0 % | 0.0003 |" in first and "| 0.07 | - | 0.0003 |" in second
+
+
 def test_what_is_paired_is_a_seed_that_both_have() -> None:
     """In another order, and with a seed that plain fine-tuning lacks."""
     found = lines([*RECORDS[::-1], record("l2_sp", 7, 0.1)])

@@ -17,6 +17,8 @@ FROZEN: dict[str, Any] = {
     "data.val_fraction": 0.15,
     "data.shots": None,
     "data.fraction": None,
+    "data.classes": None,
+    "data.unseen_classes": None,
     "data.workers": 2,
     "data.max_pixels": 100_000_000,
     "data.image_column": None,
@@ -156,6 +158,10 @@ FROZEN: dict[str, Any] = {
     "report.tensorboard": True,
     "report.plots": True,
     "report.distortion": False,
+    "report.discrimination": False,
+    "report.unseen": None,
+    "report.source": None,
+    "report.source_classes": None,
 }
 # `data` and `method` themselves are the short forms of data.path and method.name
 PROMISED = (

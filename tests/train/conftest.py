@@ -26,6 +26,12 @@ def write_photos(root: Path, *, classes: int = 3, train: int = 12, test: int = 4
 
 
 @pytest.fixture(scope="session")
+def photos_in():
+    """``write_photos``, for sets of other sizes."""
+    return write_photos
+
+
+@pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_photos(tmp_path_factory.mktemp("photos"))
 

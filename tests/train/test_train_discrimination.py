@@ -96,3 +96,7 @@ def test_an_encoder_is_measured_in_eval_mode_and_left_as_it_was() -> None:
         measure_discrimination(encoder, batches, source=batches)
     with pytest.raises(ValueError, match="got none"):
         measure_discrimination(encoder, [])
+    with pytest.raises(ValueError, match="got neither"):
+        measure_discrimination(encoder, None)
+    alone = measure_discrimination(encoder, None, source=batches, source_head=head)
+    assert alone.scalars() == {"source_top1": result.source_top1} and alone.n == 0

@@ -13,7 +13,7 @@ from rich.table import Table
 from mooring.comparison.plan import BASELINE, Part
 from mooring.comparison.records import Record
 from mooring.comparison.statistics import Paired, paired, what_it_can_show
-from mooring.report.metrics import counted
+from mooring.report.metrics import counted, metric
 from mooring.report.records import from_json_number
 
 _TEXTS = ("part", "method")  # the other columns are numbers
@@ -27,6 +27,7 @@ class Line:
         top1, mean_per_class: by seed.
         gain: top-1 over plain fine-tuning, paired over the seeds that both have; None for plain fine-tuning
             itself, and where it was not run.
+        beyond: what the selected encoder tells apart beyond its classes, metric -> by seed, where it was measured.
         lr: the rate it was run with.
         seconds_per_epoch, images_per_second: means over the runs.
         memory: the most that any of its runs held, bytes.
@@ -37,6 +38,7 @@ class Line:
     top1: dict[int, float]
     mean_per_class: dict[int, float]
     gain: Paired | None
+    beyond: dict[str, dict[int, float]]
     lr: float
     seconds_per_epoch: float
     images_per_second: float
@@ -75,6 +77,7 @@ def lines(records: Sequence[Record]) -> list[Line]:
                     run["seed"]: float(from_json_number(run[split]["mean_per_class"])) for run in runs
                 },
                 gain=paired(differences) if differences and method != BASELINE else None,
+                beyond=_beyond(runs),
                 lr=runs[0]["lr"],
                 seconds_per_epoch=statistics.fmean(run["seconds_per_epoch"] for run in runs),
                 images_per_second=statistics.fmean(run["images_per_second"] for run in runs),
@@ -84,19 +87,29 @@ def lines(records: Sequence[Record]) -> list[Line]:
     return found
 
 
+def _beyond(runs: Sequence[Record]) -> dict[str, dict[int, float]]:
+    found: dict[str, dict[int, float]] = {}
+    for run in runs:
+        # records of before this was measured have no such entry
+        for name, value in run.get("discrimination", {}).get("selected", {}).items():
+            found.setdefault(name, {})[run["seed"]] = float(from_json_number(value))
+    return found
+
+
 def _cells(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     split = measured_split(records)
     found = lines(records)
     with_part = any(line.part.label for line in found)
     head = ["part"] if with_part else []
-    head += [
-        "method", f"{split} top-1", "mean per class", f"over {BASELINE}, points", "p", "learning rate",
-        "s/epoch", "images/s", "peak MiB",
-    ]  # fmt: skip
+    beyond = list(dict.fromkeys(name for line in found for name in line.beyond))
+    head += ["method", f"{split} top-1", "mean per class", f"over {BASELINE}, points", "p"]
+    head += [metric(name).label for name in beyond]
+    head += ["learning rate", "s/epoch", "images/s", "peak MiB"]
     rows = []
     for line in found:
         row = [line.part.label or "all"] if with_part else []
         row += [line.method, _share(line.top1), _share(line.mean_per_class), *_gain(line.gain)]
+        row += [_share(line.beyond[name]) if name in line.beyond else "-" for name in beyond]
         row += [f"{line.lr:.2g}", f"{line.seconds_per_epoch:.3g}", f"{line.images_per_second:.3g}"]
         rows.append([*row, f"{line.memory / 2**20:.0f}"])
     return head, rows

@@ -87,6 +87,9 @@ def absolute_paths(config: RunConfig) -> RunConfig:
                 }
             ),
             "model": config.model.model_copy(update=model),
+            "report": config.report.model_copy(
+                update={key: _absolute(path) for key, path in config.report if isinstance(path, Path)}
+            ),
             "method": _absolute_method(config.method),
         }
     )

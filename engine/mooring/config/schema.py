@@ -42,6 +42,15 @@ class DataSettings(Settings):
     fraction: float | None = Field(
         default=None, gt=0, le=1, description="train on that share of each class, drawn by seed; none: on all"
     )
+    classes: tuple[str, ...] | None = Field(
+        default=None,
+        strict=False,
+        min_length=2,
+        description="classes that the run is about; the others are kept out of it; none: all",
+    )
+    unseen_classes: int | None = Field(
+        default=None, ge=1, description="keep so many classes, drawn by seed, out of the run; none: no class"
+    )
     workers: int = Field(
         default=2,
         ge=1,
@@ -100,6 +109,10 @@ class DataSettings(Settings):
     def _one_way_to_take_a_part(self) -> DataSettings:
         if self.shots is not None and self.fraction is not None:
             raise ValueError("data.shots and data.fraction both choose training images: give one of them")
+        if self.classes is not None and self.unseen_classes is not None:
+            raise ValueError(
+                "data.classes and data.unseen_classes both choose the classes of the run: give one of them"
+            )
         return self
 
 
@@ -238,6 +251,43 @@ class ReportSettings(Settings):
         description="measure how far the selected encoder's features are from the pretrained ones, on every "
         "evaluated set; costs two forward passes over them and a copy of the encoder",
     )
+    discrimination: bool = Field(
+        default=False,
+        description="measure after each epoch what the encoder tells apart of classes that the run is not about "
+        "(kept out by data.unseen_classes or data.classes, or in report.unseen), and of the source task",
+    )
+    unseen: Path | None = Field(
+        default=None, strict=False, description="discrimination: images of classes that the run is not about"
+    )
+    source: Path | None = Field(
+        default=None,
+        strict=False,
+        description="discrimination: images of the task the weights were trained for, measured on their validation "
+        "split; none: method.source_data where the method reads it",
+    )
+    source_classes: Path | None = Field(
+        default=None, strict=False, description="as method.source_classes, for report.source"
+    )
+
+    @field_validator("unseen", "source", "source_classes", mode="before")
+    @classmethod
+    def _a_path_is_no_empty_text(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("expected a path; got empty text (an unset shell variable?)")
+        return value
+
+    @model_validator(mode="after")
+    def _paths_are_for_a_measurement(self) -> ReportSettings:
+        given = [name for name in ("unseen", "source", "source_classes") if getattr(self, name) is not None]
+        if given and not self.discrimination:
+            raise ValueError(
+                f"report.{given[0]} is read where report.discrimination=true: set it, or leave it out"
+            )
+        if self.source_classes is not None and self.source is None:
+            raise ValueError(
+                "report.source_classes says what the classes of report.source are: give report.source"
+            )
+        return self
 
 
 class RunConfig(Settings):

@@ -41,6 +41,9 @@ METRICS: Mapping[str, Metric] = {
     "nll": Metric("NLL", better="low"),
     "feature_cosine": Metric("cosine"),
     "feature_distance": Metric("distance"),
+    "unseen_recall_at_1": Metric("unseen Recall@1", "share", "high"),
+    "unseen_nearest_mean": Metric("unseen nearest mean", "share", "high"),
+    "source_top1": Metric("source top-1", "share", "high"),
     "images_per_second": Metric("images/s", "rate", "high"),
 }
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 FILE_NAME = "metrics.jsonl"
+DISCRIMINATION = "discrimination"  # kind of a line: what the encoder tells apart beyond the run's classes
 _RESUMED = "resumed_at_step"
 
 
@@ -25,7 +26,7 @@ class Record:
 
     Attributes:
         kind: ``train`` (means since the last line), ``val``, ``test`` and ``test/NAME`` (one evaluation; NAME as in
-            ``data.extra_test``), ``note``.
+            ``data.extra_test``), ``discrimination`` (at step 0 too, of the encoder as it began), ``note``.
         step: optimizer steps done.
         epoch: from 0.
         values: metric -> number; a note may hold text.

@@ -21,7 +21,9 @@ from rich.progress import Progress as RichProgress
 from mooring.report.metrics import counted, duration, metric, shown_metrics
 
 Mode = Literal["auto", "bar", "plain", "quiet"]
-_EVALUATION_ORDER = ("top1", "top5", "mean_per_class", "ece", "nll")
+_EVALUATION_ORDER = (
+    "top1", "top5", "mean_per_class", "ece", "nll", "unseen_recall_at_1", "unseen_nearest_mean", "source_top1",
+)  # fmt: skip
 
 
 class Plan(Protocol):

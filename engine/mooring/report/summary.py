@@ -100,6 +100,9 @@ def _result(result: Mapping[str, Any], classes: int | None) -> list[RenderableTy
         names += ["feature_cosine", "feature_distance"] * bool(moved)
         columns = shown_metrics(names, classes)
         parts += ["", results_table(rows, columns, first="split")]
+    if beyond := result.get("discrimination"):
+        rows = [Row(name, _numbers(values)) for name, values in beyond.items()]
+        parts.append(results_table(rows, list(rows[0].values), first="encoder"))
     end = "Interrupted" if result["interrupted"] else "Finished"
     best = "" if result["best_epoch"] is None else f", best epoch {result['best_epoch'] + 1}"
     speed = f"{from_json_number(result['images_per_second']):.0f} images/s"

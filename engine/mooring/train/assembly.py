@@ -22,6 +22,7 @@ from mooring.config.tes_settings import TeSSettings
 from mooring.data.augment import ModelInput, evaluation, mild, preset
 from mooring.data.cache import open_manifest
 from mooring.data.class_names import readable_names
+from mooring.data.class_split import seen_and_unseen
 from mooring.data.manifest import Manifest, Split
 from mooring.data.row_stream import RowStream
 from mooring.data.source import EpochSource
@@ -41,6 +42,7 @@ from mooring.models.head import build_head
 from mooring.models.pretrained_head import pretrained_head
 from mooring.models.weights import cache_folder
 from mooring.train.extra_tests import open_extra_tests
+from mooring.train.held_out import HeldOut, open_held_out
 from mooring.train.local_backend import LocalBackend
 from mooring.train.optimizers import build_optimizer, default_lr
 from mooring.train.precision import choose_device, choose_precision
@@ -72,6 +74,7 @@ class Parts:
     test_source: EpochSource | None
     extra_test_sources: dict[str, EpochSource]
     source_stream: RowStream | None
+    held_out: HeldOut | None
     warm_up_source: Callable[[], EpochSource]
     clean_source: Callable[[], EpochSource]
     pretrained: FrozenEncoder | None
@@ -134,7 +137,12 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
     device = choose_device(config.train.device)
     precision = choose_precision(config.train.precision, device)
     backend = LocalBackend(device, precision)
-    manifest = open_data(config, scan_progress)
+    manifest = everything = open_data(config, scan_progress)
+    unseen: Manifest | None = None
+    if config.data.classes is not None or config.data.unseen_classes is not None:
+        manifest, unseen = seen_and_unseen(
+            manifest, classes=config.data.classes, unseen=config.data.unseen_classes, seed=config.seed
+        )
     if config.data.shots is not None or config.data.fraction is not None:
         manifest = training_subset(
             manifest, shots=config.data.shots, fraction=config.data.fraction, seed=config.seed
@@ -152,7 +160,7 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
     if train.channels_last:
         _to_channels_last(encoder)
     resources = _resources(config, needs, manifest, encoder)
-    source_images = _source_images(config, needs, manifest, resources)
+    source_images = _source_images(config, needs, everything, resources)
     if source_images is not None:
         resources = replace(resources, source_batch_size=_source_batch(config, len(source_images)))
     method = build_method(
@@ -216,6 +224,17 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
             drop_last=False,
         )
 
+    held_out = None
+    if config.report.discrimination:
+        held_out = open_held_out(
+            config,
+            everything,
+            unseen,
+            method,
+            opened=lambda path: open_data(config, path=path),
+            tested=lambda rows: source(rows, is_training=False),
+            progress=scan_progress,
+        )
     train_source = source("train", is_training=True)
     lr = config.optimizer.lr or default_lr(config.optimizer.name)
     multiplier = _head_lr_multiplier(config, method, lr)
@@ -243,6 +262,7 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
         test_source=source("test", is_training=False) if "test" in manifest.counts else None,
         extra_test_sources={name: source(rows, is_training=False) for name, rows in extra_tests.items()},
         source_stream=None if source_images is None else source_stream(source_images),
+        held_out=held_out,
         warm_up_source=warm_up_source,
         clean_source=clean_source,
         pretrained=pretrained,

@@ -23,6 +23,7 @@ from mooring.report.run_folder import check_run_folder
 from mooring.train import checkpoint
 from mooring.train.assembly import Parts, assemble
 from mooring.train.checkpoint import resumable_state
+from mooring.train.discrimination import Discrimination, measure_discrimination
 from mooring.train.distortion import Distortion, feature_distortion
 from mooring.train.evaluate import EvalResult, evaluate
 from mooring.train.mixer import Mixer
@@ -268,6 +269,35 @@ class Engine:
         with self._evaluated_weights():
             return feature_distortion(before, self.method.encoder, batches, self.backend.device)
 
+    def discrimination(self, *, check: Callable[[], None] | None = None) -> Discrimination:
+        """What the encoder tells apart of classes that the run is not about, and of the source task.
+
+        Needs ``report.discrimination``; with the weight EMA where kept.
+
+        Args:
+            check: as for ``evaluate``.
+        """
+        held_out = self.parts.held_out
+        if held_out is None:
+            raise ConfigError("this needs report.discrimination=true when the run is built")
+
+        def batches(source: EpochSource | None) -> Iterable[Batch] | None:
+            if source is None:
+                return None
+            source.rewind()
+            return source if check is None else _checked(source, check)
+
+        with self._evaluated_weights():
+            return measure_discrimination(
+                self.method.encoder,
+                batches(held_out.unseen),
+                source=batches(held_out.source),
+                source_head=held_out.source_head,
+                seed=self.config.seed,
+                device=self.backend.device,
+                autocast=self.backend.autocast,
+            )
+
     def _evaluate(self, source: EpochSource, check: Callable[[], None] | None) -> EvalResult:
         source.rewind()
         return evaluate(
@@ -343,6 +373,8 @@ class Engine:
         for source in (*own, *self.extra_test_sources.values()):
             if source is not None:
                 source.close()
+        if self.parts.held_out is not None:
+            self.parts.held_out.close()
 
 
 def _checked(batches: Iterable[Batch], check: Callable[[], None]) -> Iterator[Batch]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,13 @@ from mooring.models.encoder import Encoder
 from mooring.models.export import export
 from mooring.models.front_door import save_front_door
 from mooring.report.environment import write_environment
-from mooring.report.metrics_log import MetricsLog
+from mooring.report.metrics_log import DISCRIMINATION, MetricsLog, read_metrics
 from mooring.report.plots import draw_run
 from mooring.report.progress import Progress, make_progress
 from mooring.report.run_folder import LOG_BYTES, RunFolder, default_run_name, open_run_folder
 from mooring.state.tree import load_tree, save_tree
 from mooring.train.checkpoint import resumable_state
+from mooring.train.discrimination import Discrimination
 from mooring.train.distortion import Distortion
 from mooring.train.evaluate import EvalResult
 from mooring.train.interrupt import Interrupt, Stopped
@@ -94,6 +96,7 @@ class Fit:
                 interrupted=interrupted,
                 extra_tests=extra,
                 distortion=distortion,
+                discrimination=self._discrimination(),
             )
             self._record(result)
             return result
@@ -113,6 +116,8 @@ class Fit:
         engine = self.engine
         engine.prepare()
         self.interrupt.check()
+        if engine.parts.held_out is not None and engine.global_step == 0:
+            self._log_discrimination(0, engine.discrimination(check=self.interrupt.check))
         while True:
             # also true right after a resume, where the first part was stopped during validation
             if engine.global_step == (engine.epochs_validated + 1) * engine.steps_per_epoch:
@@ -124,8 +129,13 @@ class Fit:
     def _validate(self, epoch: int) -> None:
         engine = self.engine
         results = engine.validate(check=self.interrupt.check)
+        measured = None
+        if engine.parts.held_out is not None:
+            measured = engine.discrimination(check=self.interrupt.check)
         val = next(iter(results.values()))
         self._log_eval("val", epoch, val)
+        if measured is not None:
+            self._log_discrimination(epoch, measured)
         if len(results) > 1:
             each = ", ".join(f"{choice} {result.top1:.4f}" for choice, result in results.items())
             self.progress.note(f"top-1 by way to predict, the best is kept: {each}")
@@ -171,6 +181,11 @@ class Fit:
         values = result.scalars()
         self.log.write(kind, step=self.engine.global_step, epoch=epoch, values=values)
         self.progress.evaluated(kind, epoch, values)
+
+    def _log_discrimination(self, epoch: int, measured: Discrimination) -> None:
+        values, step = measured.scalars(), self.engine.global_step
+        self.log.write(DISCRIMINATION, step=step, epoch=epoch, values=values)
+        self.progress.evaluated("beyond its classes" if step else "before training", epoch, values)
 
     # ---------------------------------------------------------------- what is kept
 
@@ -276,6 +291,18 @@ class Fit:
             if source is not None
         }
 
+    def _discrimination(self) -> dict[str, Mapping[str, float]]:
+        """Of the encoder as it began and as it was selected, from the log: also where the run was continued."""
+        if self.engine.parts.held_out is None:
+            return {}
+        found: dict[str, Mapping[str, float]] = {}
+        for record in read_metrics(self.folder.path):
+            if record.kind == DISCRIMINATION and record.step == 0:
+                found["pretrained"] = record.values
+            elif record.kind == DISCRIMINATION and record.epoch == self.engine.best.epoch:
+                found["selected"] = record.values
+        return found
+
     def _record(self, result: RunResult) -> None:
         shown = result.test or result.val
         self.folder.write_json(
@@ -288,6 +315,7 @@ class Fit:
                 "test": result.test.scalars() if result.test else None,
                 "extra_tests": {name: found.scalars() for name, found in result.extra_tests.items()},
                 "distortion": {name: found.scalars() for name, found in result.distortion.items()},
+                "discrimination": result.discrimination,
                 "head_lr": self.engine.head_lr,
                 "images_per_second": result.images_per_second,
                 "seconds": result.seconds,

@@ -67,6 +67,8 @@ class RunResult:
         extra_tests: its result on each ``data.extra_test``, by name.
         distortion: how far its features are from the pretrained ones, by evaluated set (``val``, ``test``,
             ``test/NAME``), where ``report.distortion``.
+        discrimination: what the encoder tells apart beyond the run's classes, ``pretrained`` and ``selected``, where
+            ``report.discrimination``; every epoch's is in the log.
         interrupted: the user stopped it; everything up to the last finished step is kept.
     """
 
@@ -79,6 +81,7 @@ class RunResult:
     interrupted: bool = False
     extra_tests: Mapping[str, EvalResult] = field(default_factory=dict)
     distortion: Mapping[str, Distortion] = field(default_factory=dict)
+    discrimination: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def rows(self) -> dict[str, dict[str, float]]:
         """All numbers by evaluated set: ``val``, ``test``, ``test/NAME``."""
