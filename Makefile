@@ -11,7 +11,7 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' 2>/dev/nu
 # `make gpu` runs where nothing can be installed: the Python that has the CUDA build of torch.
 GPU_PYTHON ?= $(PYTHON)
 
-.PHONY: setup demo demo-long test test-full lint format bench gpu clean
+.PHONY: setup demo demo-long test test-full fuzz lint format bench gpu clean
 
 setup: $(VENV)/.built
 
@@ -40,6 +40,11 @@ test: setup
 test-full: setup
 	$(PY) demo/fetch.py --quiet
 	$(PY) -m pytest -n 2 --dist loadfile -m "not gpu"
+
+# every reader of foreign input, for a while; FUZZ_SECONDS=3600 for longer
+FUZZ_SECONDS ?= 300
+fuzz: setup
+	$(PY) tests/fuzz/long.py --seconds $(FUZZ_SECONDS)
 
 lint: setup
 	$(BIN)/ruff check $(LINTED)

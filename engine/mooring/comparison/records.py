@@ -26,7 +26,8 @@ def read_records(folder: Path) -> dict[str, Record]:
     if not file.is_file():
         return {}
     records: dict[str, Record] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    # what is no UTF-8 is no JSON either, and is refused line by line
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             record = parse_json(line)
             missing = [name for name in _NEEDED if name not in record]

@@ -20,7 +20,7 @@ from mooring.data.columns import (
 )
 from mooring.data.discover import Candidate, Discovered
 from mooring.data.images import extension
-from mooring.data.lists import label_names, open_parquet, text_values
+from mooring.data.lists import label_names, open_parquet, parquet_batches, text_values
 from mooring.data.quarantine import Quarantined, Reason
 from mooring.errors import DataError, RunFolderError
 
@@ -53,14 +53,14 @@ def extract(source: Path, out: Path, columns: Columns) -> Discovered:
     if column is None:
         raise DataError(f"expected a column with image bytes in {source}; got columns {', '.join(names)}")
     label_column = pick(source, names, columns.label, LABEL_NAMES, "label", "label_column")
-    split_column = find_split(source, names, columns.split, lambda name: text_values(table, name))
+    split_column = find_split(source, names, columns.split, lambda name: text_values(source, table, name))
     class_names = label_names(source, label_column)
     found = Discovered(out.resolve(), EMBEDDED, splits_given=split_column is not None)
     row = 0
     try:
         (out / "images").mkdir(parents=True, exist_ok=True)
         wanted = [column, label_column, *([split_column] if split_column else [])]
-        for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=wanted):
+        for batch in parquet_batches(source, table, _ROWS_AT_ONCE, wanted):
             images, labels = batch.column(column), batch.column(label_column)
             splits = batch.column(split_column) if split_column else None
             for i in range(batch.num_rows):

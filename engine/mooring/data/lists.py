@@ -81,6 +81,9 @@ def _relative(found: Discovered, listed: str, real_parents: dict[str, str]) -> s
     if not listed:
         found.quarantined.append(Quarantined(listed, Reason.MISSING, "the row names no file"))
         return None
+    if "\0" in listed:
+        found.quarantined.append(Quarantined(listed, Reason.BAD_NAME, "a zero byte in the path"))
+        return None
     if os.name != "nt" and PureWindowsPath(listed).drive:
         found.quarantined.append(Quarantined(listed, Reason.OUTSIDE_ROOT, "a path with a drive letter"))
         return None
@@ -148,22 +151,52 @@ def _text_rows(source: Path, rows: Any, width: int) -> Iterator[Sequence[str]]:
 
 def _open_parquet(source: Path) -> _Table:
     table = open_parquet(source)
-    return list(table.schema_arrow.names), _parquet_rows(table), lambda name: text_values(table, name)
+    return (
+        list(table.schema_arrow.names),
+        _parquet_rows(source, table),
+        lambda name: text_values(source, table, name),
+    )
 
 
-def text_values(table: pq.ParquetFile, column: str) -> list[object]:
-    """The different values of a text column; empty for a column of another type."""
+def text_values(source: Path, table: pq.ParquetFile, column: str) -> list[object]:
+    """The different values of a text column; empty for a column of another type.
+
+    Raises:
+        DataError: the column cannot be read.
+    """
     kind = table.schema_arrow.field(column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         return []
-    return table.read(columns=[column]).column(0).unique().to_pylist()
+    found: dict[object, None] = {}
+    for batch in parquet_batches(source, table, 8192, [column]):
+        found |= dict.fromkeys(batch.column(0).to_pylist())
+    return list(found)
 
 
-def _parquet_rows(table: pq.ParquetFile) -> Iterator[Sequence[Any]]:
-    for batch in table.iter_batches(batch_size=8192):
+def _parquet_rows(source: Path, table: pq.ParquetFile) -> Iterator[Sequence[Any]]:
+    for batch in parquet_batches(source, table, 8192):
         yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+
+
+def parquet_batches(
+    source: Path, table: pq.ParquetFile, rows: int, columns: list[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """The table in batches of at most ``rows``, each of them valid.
+
+    Raises:
+        DataError: a part of the file cannot be read.
+    """
+    try:
+        for batch in table.iter_batches(batch_size=rows, columns=columns):
+            batch.validate(full=True)
+            yield batch
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as err:
+        reason = (str(err).strip() or type(err).__name__).splitlines()[0]
+        raise DataError(
+            f"expected a whole Parquet file at {source}; got a damaged one ({reason}): copy it again"
+        ) from None
 
 
 def open_parquet(source: Path) -> pq.ParquetFile:

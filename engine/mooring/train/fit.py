@@ -385,6 +385,11 @@ def _fit(engine: Engine, test: bool, progress: Progress | None) -> RunResult:
                 f"the disk is full: {out} could not be written ({err}). Free some space and continue with "
                 f"resume={out}; what was finished is kept"
             ) from err
+        if isinstance(err, OSError) and Path(str(err.filename)).is_relative_to(out):
+            raise RunFolderError(
+                f"{err.filename}: expected a file that can be read and written, got {err.strerror}: put it right and "
+                f"continue with resume={out}; what was finished is kept"
+            ) from err
         raise
 
 
