@@ -34,6 +34,12 @@ def manifest(counts: list[int], order: int = 1) -> Manifest:
     return Manifest(Path("/photos"), tuple(f"c{c}" for c in range(len(counts))), pa.table(columns, SCHEMA))
 
 
+def test_a_part_is_saved_and_read_with_the_ids_of_the_whole(tmp_path: Path) -> None:
+    part = training_subset(manifest([4, 5]), shots=1)
+    part.save(tmp_path / "part")
+    assert Manifest.load(tmp_path / "part").table.equals(part.table)
+
+
 def paths(found: Manifest, split: str = "train") -> set[str]:
     return set(found.split(split).paths)
 
