@@ -53,6 +53,21 @@ def test_what_was_measured_beyond_the_classes_has_columns() -> None:
     assert "| - | 41.0 ± 1.0 % | 0.0003 |" in first and "| 0.07 | - | 0.0003 |" in second
 
 
+def test_further_test_sets_and_distortion_have_columns_where_every_run_has_them() -> None:
+    measured = {
+        "extra_tests": {"art": {"top1": 0.5}, "sketch": {"top1": 0.25}},
+        "distortion": {"val": {"feature_cosine": 0.1}, "test/art": {"feature_cosine": 0.75}},
+    }
+    text = markdown([{**each, **measured} for each in RECORDS])
+    head, first = text.splitlines()[0], text.splitlines()[2]
+    assert "| art | sketch | cosine: art | learning rate |" in head and "cosine: val" not in head
+    assert "| 50.0 ± 0.0 % | 25.0 ± 0.0 % | 0.750 |" in first
+    titles = [str(table.title) for table in terminal([{**each, **measured} for each in RECORDS], "t")]
+    assert titles == ["t", "further test sets, top-1", "features, before and after", "what it cost"]
+    one_lacks_them = [{**RECORDS[0], **measured}, *RECORDS[1:]]
+    assert "cosine" not in markdown(one_lacks_them) and " art " not in markdown(one_lacks_them)
+
+
 def test_what_is_paired_is_a_seed_that_both_have() -> None:
     """In another order, and with a seed that plain fine-tuning lacks."""
     found = lines([*RECORDS[::-1], record("l2_sp", 7, 0.1)])
