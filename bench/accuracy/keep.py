@@ -14,6 +14,7 @@ _OF_A_RUN = (
     "run", "role", "method", "shots", "fraction", "seed", "lr", "head_lr", "sweep", "best_epoch", "val", "test",
     "extra_tests", "distortion", "seconds_per_epoch", "images_per_second", "peak_memory", "counts", "data",
 )  # fmt: skip
+_OF_A_MACHINE = ("commit", "python", "packages", "cpu", "devices")
 Record = dict[str, Any]
 
 
@@ -37,7 +38,9 @@ def keep(
         "model": records[0]["model"],
         "epochs": records[0]["epochs"],
         "settings": shared,
-        "environments": _distinct([record["environment"] for record in records]),
+        "environments": _distinct(
+            [{key: record["environment"][key] for key in _OF_A_MACHINE} for record in records]
+        ),
     }
     lines = [head]
     for record, own in zip(records, flat, strict=True):

@@ -28,8 +28,9 @@ BASE = "fine_tune"
 METHODS: dict[str, Sequence[str]] = {
     name: (f"method={name}",)
     for name in (
-        "linear_probe", "l2_sp", "feature_map", "delta", "bss", "stoch_norm", "lwf", "feature_distillation", "co_tuning",
-        "bi_tuning", "core_tuning", "dr_tune", "tes", "daft", "concept_tuning", "dr_tune+tes", "daft+dr_tune+tes",
+        "linear_probe", "l2_sp", "feature_map", "delta", "bss", "stoch_norm", "lwf", "feature_distillation",
+        "co_tuning", "bi_tuning", "core_tuning", "dr_tune", "tes", "daft", "concept_tuning",
+        "dr_tune+tes", "daft+dr_tune+tes",
     )
 }  # fmt: skip
 METHODS |= {
@@ -68,7 +69,11 @@ def measure(label: str, common: Sequence[str], only: Sequence[str]) -> list[dict
             print(f"{method}: left out: {str(err).splitlines()[0]}", flush=True)
             continue
         samples = alternate(
-            {BASE: with_base, method: stepper}, torch.device("cpu"), rounds=_ROUNDS, budget_seconds=60, warm_up=1
+            {BASE: with_base, method: stepper},
+            torch.device("cpu"),
+            rounds=_ROUNDS,
+            budget_seconds=60,
+            warm_up=1,
         )
         ours, base = samples[method].seconds, samples[BASE].seconds
         ratios = paired_ratio(base, ours)
@@ -82,7 +87,9 @@ def measure(label: str, common: Sequence[str], only: Sequence[str]) -> list[dict
                 "seconds": asdict(Quantiles.of([second / _STEPS for second in ours])),
                 "rounds": len(ours),
                 "steps_a_round": _STEPS,
-                "settings": [word for word in (*common, *words) if not word.startswith(("data=", "model.weights="))],
+                "settings": [
+                    word for word in (*common, *words) if not word.startswith(("data=", "model.weights="))
+                ],
                 "clock": "CPU time, one thread",
                 "environment": described,
                 "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
