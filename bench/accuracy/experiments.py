@@ -61,10 +61,15 @@ def _few_shot(images: str, encoder: Sequence[str], lrs: Sequence[float]) -> Expe
     )  # fmt: skip
 
 
-_SCHEDULES = {
-    f"soft_fine_tuning, {schedule}": ("soft_fine_tuning", (f"method.soft_schedule={schedule}",))
-    for schedule in ("zero", "linear", "constant")
-}
+def _schedules(source: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Soft Fine-tuning with images of ``source``, under each of three schedules; zero is plain fine-tuning."""
+    images = f"method.source_data={source}", f"method.source_classes={source}/classes.tsv"
+    return {
+        f"soft_fine_tuning, {schedule}": ("soft_fine_tuning", (f"method.soft_schedule={schedule}", *images))
+        for schedule in ("zero", "linear", "constant")
+    }
+
+
 EXPERIMENTS: Mapping[str, Experiment] = {
     "fruit": Experiment(
         title="Fruit in a supermarket, all 675 training photos, EfficientNet-Lite0, 96 pixels",
@@ -100,18 +105,16 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         lrs=(1e-4, 3e-4, 1e-3),
     ),
     "soft_lite0": Experiment(
-        title="Soft Fine-tuning from ImageNet: fruit, source images of `tiny_imagenet200`, EfficientNet-Lite0, 96 pixels",
+        title="Soft Fine-tuning: fruit, source images of `tiny_imagenet200`, EfficientNet-Lite0, 96 pixels",
         settings=(
             "data={demo}/groceries.parquet", *_LITE0, *_pixels(96), *_TINY, "train.epochs=3",
-            "method.source_data={assets}/datasets/tiny_imagenet200",
-            "method.source_classes={assets}/datasets/tiny_imagenet200/classes.tsv",
             "report.discrimination=true",
             "report.unseen={assets}/datasets/flowers12",
             "report.source={assets}/datasets/tiny_imagenet200",
             "report.source_classes={assets}/datasets/tiny_imagenet200/classes.tsv",
         ),
         methods=("fine_tune",),
-        variants=_SCHEDULES,
+        variants=_schedules("{assets}/datasets/tiny_imagenet200"),
         lrs=(3e-4,),
     ),
     "soft_resnet20": Experiment(
@@ -120,15 +123,13 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             "data={assets}/datasets/pacs6/photo",
             "model.name=cifar_resnet20", "model.weights={assets}/weights/cifar10_resnet20.safetensors",
             *_pixels(32), *_TINY, "train.epochs=10",
-            "method.source_data={work}/cifar10",
-            "method.source_classes={work}/cifar10/classes.tsv",
             "report.discrimination=true",
             "report.unseen={assets}/datasets/flowers12",
             "report.source={work}/cifar10",
             "report.source_classes={work}/cifar10/classes.tsv",
         ),
         methods=("fine_tune",),
-        variants=_SCHEDULES,
+        variants=_schedules("{work}/cifar10"),
         lrs=(1e-3, 3e-3),
     ),
 }  # fmt: skip

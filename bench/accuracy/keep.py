@@ -12,7 +12,8 @@ from bench.records import FOLDER as RECORDS
 FOLDER = RECORDS / "accuracy"
 _OF_A_RUN = (
     "run", "role", "method", "shots", "fraction", "seed", "lr", "head_lr", "sweep", "best_epoch", "val", "test",
-    "extra_tests", "distortion", "discrimination", "seconds_per_epoch", "images_per_second", "peak_memory", "counts", "data",
+    "extra_tests", "distortion", "discrimination", "seconds_per_epoch", "images_per_second",
+    "peak_memory", "counts", "data",
 )  # fmt: skip
 _OF_A_MACHINE = ("commit", "python", "packages", "cpu", "devices")
 Record = dict[str, Any]
