@@ -282,17 +282,25 @@ def train(
 
 @app.command(cls=_TrainCommand)
 def compare(
-    methods: Annotated[
-        str, typer.Option(metavar="A,B,C", help="Methods; several joined by + are one combination.")
-    ],
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="RECIPE | KEY=VALUE",
-            help="Settings of every run, as after mooring train: data=photos train.epochs=10.",
+            help="Settings of every run, as after mooring train: data=photos train.epochs=10; also methods=[A,B] "
+            "and seeds=N.",
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method, with seeds counting up.")] = 3,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,C",
+            help="Methods; several joined by + are one combination. \\[required, unless methods=]",
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs of each method, with seeds counting up. \\[default: 3]"),
+    ] = None,
     shots: Annotated[
         str | None, typer.Option(metavar="N,M", help="Train on that many images per class, each in turn.")
     ] = None,
@@ -321,13 +329,16 @@ def compare(
     from mooring.config.load import load_config
     from mooring.report.run_folder import data_name
 
-    recipe, overrides = _recipe_and_overrides(arguments or [])
+    words = list(arguments or [])
+    named = _option_or_word("methods", methods, words) or ""
+    count = _option_or_word("seeds", None if seeds is None else str(seeds), words)
+    recipe, overrides = _recipe_and_overrides(words)
     comparison = Comparison(
-        methods=_listed("--methods", methods, str),
+        methods=_listed("--methods", named.strip().strip("[]").replace('"', ""), str),
         out=out or Path("comparisons") / data_name(load_config(recipe, overrides).data.path),
         recipe=recipe,
         overrides=overrides,
-        seeds=seeds,
+        seeds=_listed("seeds", count, int)[0] if count else 3,
         shots=_listed("--shots", shots, int),
         fractions=_listed("--fraction", fraction, float),
         lrs=_listed("--lrs", lrs, float),
@@ -648,6 +659,19 @@ def _listed(option: str, text: str | None, kind: Callable[[str], _Value]) -> lis
     except ValueError:
         expected = "whole numbers" if kind is int else "numbers"
         raise ConfigError(f"{option}: expected {expected} with commas between, got {text}") from None
+
+
+def _option_or_word(name: str, given: str | None, words: list[str]) -> str | None:
+    """What ``--NAME X`` or the word ``NAME=X`` says; the word is taken out of ``words``."""
+    said = [word for word in words if word.partition("=")[0].strip() == name]
+    for word in said:
+        words.remove(word)
+    values = [*([] if given is None else [given]), *(word.partition("=")[2] for word in said)]
+    if len(values) > 1:
+        raise ConfigError(
+            f"{name}: expected one value, as --{name} or as {name}=; got {' and '.join(values)}"
+        )
+    return values[0] if values else None
 
 
 def _image_files(named: list[Path]) -> dict[Path, bool]:

@@ -99,7 +99,7 @@ def test_a_comparison_is_broken_off_and_continued(
 
 
 def test_the_command_compares_parts_of_the_data(words: list[str], tmp_path: Path) -> None:
-    arguments = ["compare", *words, "train.epochs=1", "--methods", "fine_tune,linear_probe", "--seeds", "1"]
+    arguments = ["compare", *words, "train.epochs=1", "methods=[fine_tune, linear_probe]", "--seeds", "1"]
     result = CliRunner(env={"COLUMNS": "200"}).invoke(
         app, [*arguments, "--shots", "2,4", "--out", str(tmp_path / "out")]
     )
@@ -113,6 +113,13 @@ def test_the_command_compares_parts_of_the_data(words: list[str], tmp_path: Path
     }  # fmt: skip
     assert len({r["counts"]["val"] for r in records.values()}) == 1
     assert (tmp_path / "out" / "comparison.png").is_file()
+
+
+def test_methods_and_seeds_are_said_once(words: list[str]) -> None:
+    result = CliRunner().invoke(app, ["compare", *words, "methods=[fine_tune]", "--methods", "l2_sp"])
+    assert result.exit_code == 2 and "methods: expected one value" in result.stderr.replace("\n", " ")
+    result = CliRunner().invoke(app, ["compare", *words, "methods=[fine_tune]", "seeds=x"])
+    assert result.exit_code == 2 and "seeds: expected whole numbers" in result.stderr.replace("\n", " ")
 
 
 def test_settings_of_a_method_go_to_that_method(words: list[str], tmp_path: Path) -> None:
