@@ -225,6 +225,21 @@ def test_a_thousand_classes_and_a_nan_that_must_show(impl: Any, generator: torch
     assert bank_cross_entropy(*tensors, impl=impl).isnan()  # type: ignore[call-overload]
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_nan_in_a_masked_row_stays_out_of_loss_and_features(impl: Any, generator: torch.Generator) -> None:
+    drawn = draw(4, 9, 17, 7, True, generator)
+    drawn[1][:], drawn[3][[0, 8]] = torch.tensor([3, -1, 7, 0]), torch.tensor([-1, 7])
+    leaves = [drawn[i].requires_grad_() for i in (0, 5)]  # type: ignore[union-attr]
+    results = []
+    for _ in range(2):
+        loss = bank_cross_entropy(*drawn, label_smoothing=0.1, impl=impl)  # type: ignore[call-overload]
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+        with torch.no_grad():
+            drawn[0][[1, 2]] = drawn[2][[0, 8]] = torch.nan
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert not results[1][1][[1, 2]].any()
+
+
 def test_several_chunks_of_rows_are_one_sum(generator: torch.Generator, monkeypatch: Any) -> None:
     """Also with the batch longer than a chunk."""
     from mooring_kernels.bank_cross_entropy import head_pass

@@ -68,7 +68,7 @@ def test_no_valid_row_gives_zero_with_zero_gradients(impl: Any, generator: torch
     problem.query[1] = float("nan")
     loss, grad = value_and_gradient(problem, impl, 1.0)
     assert loss.item() == 0
-    assert torch.equal(grad[[0, 2]], torch.zeros_like(grad[[0, 2]]))
+    assert torch.equal(grad, torch.zeros_like(grad))
 
 
 @pytest.mark.parametrize("impl", RUNNABLE)

@@ -16,6 +16,7 @@ from mooring.data.batch import Batch
 from mooring.methods.base import Method
 from mooring.methods.bss import smallest_squared_singular_values
 from mooring.methods.registry import build_method
+from mooring.models.groups import parameter_groups
 from mooring.models.head import build_head
 from mooring.models.stage_outputs import recorded_outputs, stage_modules
 from mooring.models.stoch_norm import make_stochastic_
@@ -79,6 +80,17 @@ def test_feature_distillation_is_half_a_mean_squared_distance() -> None:
     with torch.no_grad():
         apart = method.encoder(batch.images).double() - method.frozen_encoder(batch.images).double()
     assert float(got) == pytest.approx(0.15 * float(apart[:5].square().sum()) / 5, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["co_tuning", "soft_fine_tuning"])
+def test_a_source_head_that_learns_does_so_at_the_backbones_rate(name: str) -> None:
+    method = make_method(name)
+    roles = method.parameter_roles()
+    groups = parameter_groups(method, roles, lr=0.1, head_lr_multiplier=10.0, weight_decay=0.0)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert isinstance(method.source_head, nn.Linear)
+    assert {rates[id(p)] for p in method.source_head.parameters()} == {0.1}
+    assert {rates[id(p)] for p in method.head.parameters()} == {1.0}
 
 
 def test_co_tuning_relates_classes_by_the_mean_prediction() -> None:

@@ -12,6 +12,7 @@ from mooring.config.method_settings import method_names
 from mooring.config.schema import RunConfig
 from mooring.errors import ConfigError
 from mooring.methods.registry import needs_of
+from mooring.methods.without_effect import check_effect
 
 BASELINE = "fine_tune"
 
@@ -150,6 +151,7 @@ class Comparison:
         words += [] if seed is None else [f"seed={seed}"]
         config = absolute_paths(load_config(self.recipe, words))
         needs_of(config.method)  # refuses combinations that are not defined
+        check_effect(config)
         trial = Trial(method, part, lr, config.seed, config)
         update = {"out": self.out / "runs" / trial.name, "resume": "auto"}
         return Trial(method, part, lr, config.seed, config.model_copy(update=update))

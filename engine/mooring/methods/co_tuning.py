@@ -18,7 +18,8 @@ class CoTuning(Method):
     """``L = CE(target head) + a mean_i -sum_s p(s | y_i) log softmax(source head(f(x_i)))_s``.
 
     ``p(s | y)`` is the mean over the training images of class y of the pretrained model's own prediction, in
-    eval mode on clean images. The source head is trained along and dropped from the exported model.
+    eval mode on clean images. The source head is trained along, at the backbone's rate as all that starts pretrained
+    (the public code's 0.1 of the new head's), and dropped from the exported model.
 
     Source: spec section 4, the direct form of the public code. The paper also calibrates temperatures on source
     validation data and inverts p(y | s); that needs the source data and is not offered.
@@ -35,6 +36,9 @@ class CoTuning(Method):
         classes, sources = head.out_features, self.source_head.out_features
         self.register_buffer("relationship", torch.full((classes, sources), 1.0 / sources))
         self.relationship: Tensor
+
+    def pretrained_parameters(self) -> list[nn.Parameter]:
+        return list(self.source_head.parameters())
 
     @torch.no_grad()
     def setup(self, context: SetupContext) -> None:

@@ -33,6 +33,7 @@ from mooring.data.text_features import class_text_features, too_alike
 from mooring.errors import ConfigError, DataError
 from mooring.methods.base import Method, Needs, Resources
 from mooring.methods.registry import build_method, needs_of
+from mooring.methods.without_effect import check_effect
 from mooring.models.batchnorm import FrozenEncoder, freeze_statistics, frozen_copy, parameter_count
 from mooring.models.ema import WeightEMA
 from mooring.models.encoder import Encoder, build_encoder
@@ -134,6 +135,8 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
     """
     needs = needs_of(config.method)
     _check_mixing(config, needs)
+    for note in check_effect(config):
+        _log.warning("%s", note)
     device = choose_device(config.train.device)
     precision = choose_precision(config.train.precision, device)
     backend = LocalBackend(device, precision)

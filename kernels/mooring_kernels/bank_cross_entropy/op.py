@@ -68,7 +68,8 @@ def bank_cross_entropy(
     Args:
         features: z, [B, D] float32 or bfloat16 (float16, float64: reference); B may be 0.
         labels: y, [B] int64; a row whose label is outside 0..C-1 is skipped (-1 is padding).
-        bank: v, [K, D], detached here; K may be 0. Masked rows must be finite: they are multiplied by 0.
+        bank: v, [K, D], detached here; K may be 0. Masked rows of features and bank must be finite where the weight
+            has a gradient: there they are multiplied by 0.
         bank_labels: l, [K] int64; as ``labels``.
         weight: W, [C, D].
         bias: b, [C], or None.

@@ -12,8 +12,11 @@ _IGNORED = -100
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Sum over the rows whose label is a class."""
-    target = torch.where((labels >= 0) & (labels < logits.shape[1]), labels, _IGNORED)
+    """Sum over the rows whose label is a class; the gradient of the others is 0, whatever they hold."""
+    valid = (labels >= 0) & (labels < logits.shape[1])
+    target = torch.where(valid, labels, _IGNORED)
+    # selected before the arithmetic: afterwards 0 times NaN would reach the gradient
+    logits = torch.where(valid[:, None], logits, 0)
     return F.cross_entropy(
         logits, target, ignore_index=_IGNORED, reduction="sum", label_smoothing=label_smoothing
     )

@@ -88,8 +88,11 @@ def patch_match_info_nce(
     classes, slots = queue_valid.shape
     entries = patches * patches
     with torch.autocast(query.device.type, enabled=False):
-        query, own_key = query.to(dtype), own_key.detach().to(dtype)
-        # an empty slot may hold anything, and 0 times NaN would reach the gradient
+        negative, positive = class_roles(labels, negative_classes, classes)
+        valid_row = positive.any(1)
+        # a masked row and an empty slot may hold anything, and 0 times NaN would reach the gradient
+        query = torch.where(valid_row[:, None, None], query.to(dtype), 0.0)
+        own_key = torch.where(valid_row[:, None, None], own_key.detach().to(dtype), 0.0)
         keys = torch.where(queue_valid[:, :, None, None], queue.detach().to(dtype), 0.0)
         cosine = query.reshape(-1, width) @ keys.reshape(-1, width).T
         cosine = cosine.view(batch, patches, classes * slots, patches).transpose(1, 2)
@@ -99,8 +102,6 @@ def patch_match_info_nce(
             ranked = rank_codes(cosine, epsilon, rounds).topk(most, dim=2).indices
         best = cosine.flatten(2).gather(2, ranked) / temperature  # [B, 1 + C K, largest entries first]
 
-        negative, positive = class_roles(labels, negative_classes, classes)
-        valid_row = positive.any(1)
         label = torch.where(valid_row, labels, 0)
         used = negative.repeat_interleave(slots, 1) & queue_valid.flatten()  # [B, C K]
         negatives = best[:, 1:, :negatives_per_set].masked_fill(~used[:, :, None], -math.inf)

@@ -19,16 +19,19 @@ def queue_info_nce(
     """Mean over the queries that have a label and a positive; 0 where there are none."""
     dtype = working_dtype(query, queue, *(() if own_key is None else (own_key,)))
     with torch.autocast(query.device.type, enabled=False):
-        query, queue = query.to(dtype), queue.to(dtype)
         filled = queue_labels >= 0
-        logits = (query @ queue.T / temperature).masked_fill(~filled, -torch.inf)
         positive = (labels[:, None] == queue_labels) & filled  # [B, N]
         if own_key is not None:
-            own = (query * own_key.to(dtype)).sum(1, keepdim=True) / temperature
-            logits = torch.cat([own, logits], 1)
-            positive = torch.cat([torch.ones_like(own, dtype=torch.bool), positive], 1)
+            positive = torch.cat([filled.new_ones(len(query), 1), positive], 1)
         positives = positive.sum(1)
         valid = (labels >= 0) & (positives > 0)
+        # what is masked is selected away before the arithmetic: afterwards 0 times NaN would reach the gradient
+        query = torch.where(valid[:, None], query.to(dtype), 0)
+        queue = torch.where(filled[:, None], queue.to(dtype), 0)
+        logits = (query @ queue.T / temperature).masked_fill(~filled, -torch.inf)
+        if own_key is not None:
+            own = (query * torch.where(valid[:, None], own_key.to(dtype), 0)).sum(1, keepdim=True)
+            logits = torch.cat([own / temperature, logits], 1)
         logits = torch.where(valid[:, None], logits, 0)
         share = 1 / positives.clamp_min(1).to(dtype)
         mean_positive = torch.where(positive, logits, 0).sum(1) * share

@@ -22,13 +22,14 @@ def text_supervised_loss(
     dtype = working_dtype(logits, cosines)
     with torch.autocast(logits.device.type, enabled=False):
         valid = (labels >= 0) & (labels < logits.shape[1])
-        log_softmax = F.log_softmax(logits.to(dtype), 1)
-        log_reference = F.log_softmax(cosines.to(dtype) / tau, 1)
+        # masked rows are selected away before the arithmetic: afterwards 0 times NaN would reach the gradient
+        log_softmax = F.log_softmax(torch.where(valid[:, None], logits.to(dtype), 0), 1)
+        log_reference = F.log_softmax(torch.where(valid[:, None], cosines.to(dtype), 0) / tau, 1)
         if target is None:
             label = torch.where(valid, labels, 0)[:, None]
             own, own_text = log_softmax.gather(1, label)[:, 0], log_reference.gather(1, label)[:, 0]
         else:
-            given = target.detach().to(dtype)
+            given = torch.where(valid[:, None], target.detach().to(dtype), 0)
             own, own_text = (given * log_softmax).sum(1), (given * log_reference).sum(1)
         rows = -(1 - lambda_v) * own
         # a weight of 0 asks for nothing of that term, also where it is infinite
