@@ -46,7 +46,7 @@ def keep(
     lines = [head]
     for record, own in zip(records, flat, strict=True):
         differing = {key: value for key, value in own.items() if key not in shared}
-        lines.append({key: record.get(key) for key in _OF_A_RUN} | {"settings": differing})
+        lines.append({key: record[key] for key in _OF_A_RUN if key in record} | {"settings": differing})
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.jsonl"
     text = "".join(json.dumps(_rounded(line)) + "\n" for line in lines)
