@@ -18,6 +18,12 @@ class BSS(Method):
 
     Source: spec section 4. The public code takes an SVD of F; here the squares are eigenvalues of the smaller
     Gram matrix, whose gradient 2 u u^T F stays defined where singular values tie.
+
+    On CUDA the host waits for the device once per forward, the one place in a step where it does: torch's eigenvalue
+    and singular value functions all read the solver's status there, and it has none without (as ``cholesky_ex`` is).
+    What would not wait is not exact: inverse iteration for a fixed number of rounds mixes eigenvectors whose values lie
+    close, which is the rule among the smallest of a batch. The matrix is min(B, D) wide, so the wait is for the queued
+    work, not for the solver; ``train.accumulate`` does not change it, since each micro-batch has its own.
     """
 
     Config: ClassVar[type[BaseModel]] = BSSSettings
