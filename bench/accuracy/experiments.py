@@ -132,4 +132,18 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         variants=_schedules("{work}/cifar10"),
         lrs=(1e-3, 3e-3),
     ),
+    "why_dr_tune": Experiment(
+        title="DR-Tune where it is behind: `flowers12`, 2 images a class, EfficientNet-Lite0, by bank, rotation and loss",
+        settings=_few_shot("flowers12", _LITE0, ()).settings,
+        methods=("fine_tune", "dr_tune"),
+        variants={
+            "dr_tune, bank of 8": ("dr_tune", ("method.bank_size=8",)),
+            "dr_tune, no rotation": ("dr_tune", ("method.rotation=off",)),
+            "dr_tune, no calibration": ("dr_tune", ("method.rotation=off", "method.translation=false")),
+            "dr_tune, 3 times the epochs": ("dr_tune", ("train.epochs=24",)),
+            "fine_tune, 3 times the epochs": ("fine_tune", ("train.epochs=24",)),
+        },
+        lrs=(1e-4, 3e-4, 1e-3),
+        shots=(2,),
+    ),
 }  # fmt: skip
