@@ -133,7 +133,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         lrs=(1e-3, 3e-3),
     ),
     "why_dr_tune": Experiment(
-        title="DR-Tune where it is behind: `flowers12`, 2 images a class, EfficientNet-Lite0, by bank, rotation and loss",
+        title="DR-Tune where it is behind: `flowers12`, 2 images a class, EfficientNet-Lite0",
         settings=_few_shot("flowers12", _LITE0, ()).settings,
         methods=("fine_tune", "dr_tune"),
         variants={
