@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.results.unpack_cifar10 import unpack
+from bench.accuracy.unpack_cifar10 import unpack
 
 
 def write_sprites(folder: Path, labels: list[int]) -> np.ndarray:

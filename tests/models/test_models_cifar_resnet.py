@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.results.unpack_cifar10 import unpack
+from bench.accuracy.unpack_cifar10 import unpack
 from mooring.models.batchnorm import frozen_copy
 from mooring.models.cifar_resnet import BasicBlock, CifarResNet
 from mooring.models.encoder import build_encoder

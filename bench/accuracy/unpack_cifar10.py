@@ -1,4 +1,4 @@
-"""Makes an image folder of CIFAR-10 kept as sprites: ``python -m bench.results.unpack_cifar10 DIR OUT``.
+"""Makes an image folder of CIFAR-10 kept as sprites: ``python -m bench.accuracy.unpack_cifar10 DIR OUT``.
 
 DIR holds ``train.png`` and ``test.png`` (one image of 32x32 RGB pixels a row, 1024 pixels wide), and ``train.json`` and
 ``test.json`` (``classes``, and ``labels`` in row order). OUT gets ``train|test/CLASS/ROW.png`` with the same pixels,

@@ -1,1 +1,0 @@
-"""What prepares and runs the experiments of the README."""
