@@ -1,8 +1,8 @@
 """The ``mooring`` command: one thin function per subcommand.
 
 Everything heavy is imported inside the functions, so that ``mooring --help`` answers at once. Results go
-to stdout; progress and errors go to stderr. Exit codes: 0 done, 2 something the user can put right,
-130 interrupted.
+to stdout; progress and errors go to stderr. Exit codes: 0 done, 1 not exact (``resume --check``), 2 something the
+user can put right, 75 preempted and to be continued, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _Value = TypeVar("_Value")
 
 INTERRUPTED = 130
 USER_ERROR = 2
+NOT_EXACT = 1
 
 
 class _Commands(TyperGroup):
@@ -228,6 +229,14 @@ def scan(
         console.print(part)
 
 
+_AllowInexact = Annotated[
+    bool,
+    typer.Option(
+        "--allow-inexact", help="Go on where the run cannot continue bit for bit; it is recorded in the run."
+    ),
+]
+
+
 @app.command(cls=_TrainCommand)
 def train(
     arguments: Annotated[
@@ -243,13 +252,57 @@ def train(
     resume: Annotated[
         str | None, typer.Option(metavar="RUN", help="Continue the run in this folder; same as resume=RUN.")
     ] = None,
+    allow_inexact: _AllowInexact = False,
+    restarts: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Continue by itself, up to N times, where the run was preempted or killed.",
+        ),
+    ] = 0,
 ) -> None:
     """Fine-tune a model on a folder of labelled images."""
     from mooring.config.load import load_config
 
     recipe, overrides = _recipe_and_overrides(arguments or [])
-    config = load_config(recipe, [*overrides, *([f"resume={resume}"] if resume is not None else [])])
+    overrides += [f"resume={resume}"] if resume is not None else []
+    overrides += ["allow_inexact=true"] if allow_inexact else []
+    config = load_config(recipe, overrides)
+    if restarts and not dry_run:
+        raise typer.Exit(_train_with_restarts(config, arguments or [], resume, allow_inexact, restarts))
+    _train(config, dry_run=dry_run)
 
+
+@app.command(name="resume", cls=_TrainCommand)
+def resume_run(
+    run: Annotated[Path, typer.Argument(metavar="RUN", readable=False, help="A run folder.")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings that differ from the run's own."),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check", help="Only list what is not as it was; exit code 1 where the run would not be exact."
+        ),
+    ] = False,
+    allow_inexact: _AllowInexact = False,
+) -> None:
+    """Continue a run from its newest whole checkpoint, bit for bit."""
+    from mooring.config.load import load_config
+
+    overrides = [*(arguments or []), f"resume={run}", *(["allow_inexact=true"] if allow_inexact else [])]
+    config = load_config(None, overrides)
+    if not check:
+        _train(config)
+        return
+    if not _print_differences(config, run):
+        raise typer.Exit(NOT_EXACT)
+
+
+def _train(config: RunConfig, *, dry_run: bool = False) -> None:
+    """Builds and trains, and says what came of it."""
     from mooring.report.progress import counting
     from mooring.train.engine import Engine
 
@@ -273,11 +326,65 @@ def train(
         raise typer.Exit(INTERRUPTED) from None
     _print_result(config, result)
     if result.interrupted:
+        from mooring.launch.restart import PREEMPTED
+
         _fail(
-            "interrupted",
+            "preempted" if result.preempted else "interrupted",
             f"what was finished is in {result.run}; continue with  mooring train --resume {result.run}",
         )
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(PREEMPTED if result.preempted else INTERRUPTED)
+
+
+def _train_with_restarts(
+    config: RunConfig, arguments: list[str], resume: str | None, allow_inexact: bool, restarts: int
+) -> int:
+    """Trains in a process of its own, and continues it where it was taken down; returns its exit code."""
+    from mooring.launch.restart import run_with_restarts
+    from mooring.report.run_folder import default_run_name
+
+    words = [sys.executable, "-m", "mooring.cli", "train", *arguments]
+    words += ["--allow-inexact"] if allow_inexact else []
+    if resume is not None:
+        first = again = [*words, "--resume", resume]
+    elif config.resume is not None:
+        first = again = words
+    else:
+        out = config.out or Path("runs") / default_run_name(config)  # the same one for every process
+        first, again = [*words, f"out={out}"], [*words, f"out={out}", "resume=auto"]
+    return run_with_restarts(first, again, restarts, note=_warn)
+
+
+def _print_differences(config: RunConfig, run: Path) -> bool:
+    """Lists what is not as it was when the run was saved; returns whether it would continue bit for bit."""
+    from mooring.state.store import checkpoints_of
+    from mooring.train.checkpoint import compared
+    from mooring.train.engine import Engine
+
+    store = checkpoints_of(run)
+    found = store.newest()
+    found.require_whole()
+    for note in found.notes:
+        _warn(note)
+    console = _stdout()
+    if found.ref is None:
+        console.print("nothing was saved yet: the run would start from its beginning")
+        return True
+    with Engine.build(config) as engine:
+        differences = compared(engine, store, found.ref)
+    exact = not any(difference.breaks for difference in differences)
+    if differences:
+        table = Table("what", "saved", "now", "bit for bit", header_style="bold")
+        for difference in differences:
+            cells = (difference.name, difference.saved, difference.now)
+            table.add_row(*map(escape, cells), "no" if difference.breaks else "yes")
+        console.print(table)
+    says = (
+        "would continue bit for bit" if exact else "would not continue bit for bit (--allow-inexact goes on)"
+    )
+    console.print(
+        f"{escape(str(run))} {says} from step {found.ref.step} ({escape(found.ref.reason)})", soft_wrap=True
+    )
+    return exact
 
 
 @app.command(cls=_TrainCommand)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -31,11 +31,13 @@ class Ranks:
         rank: this process, 0 to world - 1, in the order of the nodes.
         world: number of processes.
         local_rank: this process among those of its node; chooses the device.
+        group: the process group that the calls go through; None: the default one.
     """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    group: dist.ProcessGroup | None = None
 
     @classmethod
     def here(cls) -> Ranks:
@@ -44,6 +46,10 @@ class Ranks:
             return cls()
         rank = dist.get_rank()
         return cls(rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)))
+
+    def apart(self) -> Ranks:
+        """The same processes with a group of their own, so that another thread can make its calls beside this one's."""
+        return self if self.world == 1 else replace(self, group=dist.new_group(backend="gloo"))
 
     @property
     def is_first(self) -> bool:
@@ -54,14 +60,14 @@ class Ranks:
         """Returns when every rank has called it."""
         if self.world > 1:
             # a sum on the CPU, not dist.barrier: that one would occupy a GPU where the group has one
-            dist.all_reduce(torch.zeros(1))
+            dist.all_reduce(torch.zeros(1), group=self.group)
 
     def gather(self, obj: _T) -> list[_T]:
         """Every rank's object, by rank, on every rank. Small objects of plain types."""
         if self.world == 1:
             return [obj]
         found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, obj)
+        dist.all_gather_object(found, obj, group=self.group)
         return found
 
     def broadcast(self, obj: _T) -> _T:
@@ -69,7 +75,7 @@ class Ranks:
         if self.world == 1:
             return obj
         box: list[Any] = [obj]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def any(self, flag: bool) -> bool:
@@ -77,7 +83,7 @@ class Ranks:
         if self.world == 1:
             return flag
         total = torch.tensor([int(flag)])
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return bool(total.item())
 
     def all_reduce_(self, tensor: Tensor, op: Literal["sum", "max", "min"] = "sum") -> Tensor:
@@ -90,8 +96,12 @@ class Ranks:
         """
         if self.world > 1:
             kinds = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-            dist.all_reduce(tensor, op=kinds[op])
+            dist.all_reduce(tensor, op=kinds[op], group=self.group)
         return tensor
+
+
+# This process alone, whatever group it may belong to.
+ALONE = Ranks()
 
 
 def launched_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:

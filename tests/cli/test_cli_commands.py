@@ -32,7 +32,8 @@ OPTIONS = {
         "--out", "--val-fraction", "--seed", "--workers", "--image-column", "--label-column",
         "--split-column", "--help",
     },
-    ("train",): {"--dry-run", "--resume", "--help"},
+    ("train",): {"--dry-run", "--resume", "--allow-inexact", "--restarts", "--help"},
+    ("resume",): {"--check", "--allow-inexact", "--help"},
     ("compare",): {"--methods", "--seeds", "--shots", "--fraction", "--lrs", "--out", "--help"},
     ("recommend",): {"--models", "--methods", "--minutes", "--help"},
     ("launch",): {
@@ -75,6 +76,7 @@ def test_commands_are_frozen() -> None:
     assert list(group.commands) == [
         "scan",
         "train",
+        "resume",
         "compare",
         "recommend",
         "launch",

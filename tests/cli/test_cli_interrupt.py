@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mooring.state.store import checkpoints_of
 from mooring.train.inference import load_run
 
 
@@ -47,4 +48,4 @@ def test_ctrl_c_leaves_a_run_that_predicts_and_continues(tmp_path: Path) -> None
     assert process.returncode == 130, errors
     assert "mooring train --resume" in errors.replace("\n", " ")
     assert load_run(tmp_path / "run").classes == ["class_0", "class_1"]
-    assert (tmp_path / "run" / "state").is_dir()
+    assert checkpoints_of(tmp_path / "run").newest().ref is not None

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mooring.report.metrics_log import FILE_NAME, MetricsLog, Record, read_metrics
+from mooring.report.metrics_log import FILE_NAME, MetricsLog, Record, cut_log, read_metrics
 from mooring.report.records import json_line, to_json_value, write_json_atomic, write_text_atomic
 
 
@@ -96,26 +96,41 @@ def test_damage_before_the_end_is_not_hidden(tmp_path: Path) -> None:
         read_metrics(tmp_path)
 
 
-def test_a_continued_run_replaces_the_steps_it_does_again(tmp_path: Path) -> None:
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_a_log_that_is_cut_and_continued_reads_as_one(tmp_path: Path) -> None:
+    for attempt in range(3):  # the second and the third write into files of their own
+        with MetricsLog(tmp_path, tensorboard=True) as log:
+            lengths: dict[str, int] = {}
+            for step in (10, 20, 30):
+                log.write("train", step=10 * attempt + step, epoch=0, values={"loss": float(attempt)})
+                if step == 10:
+                    lengths = log.lengths()
+            log.sync()
+        assert cut_log(tmp_path, lengths) == []
+    wanted = [(10, 0.0), (20, 1.0), (30, 2.0)]
+    assert [(record.step, record.values["loss"]) for record in read_metrics(tmp_path)] == wanted
+    assert scalars(tmp_path, "train/loss") == wanted
+    assert cut_log(tmp_path, {}) == []
+    assert not (tmp_path / FILE_NAME).exists() and not list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_log_that_lost_its_end_is_named(tmp_path: Path) -> None:
     with MetricsLog(tmp_path) as log:
-        for step in (10, 20, 30):
-            log.write("train", step=step, epoch=0, values={"loss": 1.0})
-    with MetricsLog(tmp_path, resume_step=20) as log:
-        log.write("train", step=30, epoch=0, values={"loss": 2.0})
-    read = [
-        (record.step, record.values["loss"]) for record in read_metrics(tmp_path) if record.kind == "train"
-    ]
-    assert read == [(10, 1.0), (20, 1.0), (30, 2.0)]
-    assert len((tmp_path / FILE_NAME).read_text().splitlines()) == 5, "the file itself is append-only"
+        log.write("train", step=1, epoch=0, values={"loss": 1.0})
+        lengths = log.lengths()
+    (tmp_path / FILE_NAME).write_bytes((tmp_path / FILE_NAME).read_bytes()[:-5])
+    assert cut_log(tmp_path, lengths) == [f"{FILE_NAME} lacks its last 5 bytes: a part of the log is lost"]
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     with MetricsLog(tmp_path, tensorboard=True) as log:
         log.write("train", step=7, epoch=0, values={"loss": 0.5})
         log.write("note", step=7, epoch=0, values={"text": "hello"})
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert events.Tags()["scalars"] == ["train/loss"]
-    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(7, 0.5)]
+    assert scalars(tmp_path, "train/loss") == [(7, 0.5)]

@@ -32,10 +32,10 @@ def test_a_run_continues_bit_for_bit_and_converts_once(make_config, tmp_path: Pa
     }
     whole = Engine.build(make_config(**options))
     steps(whole, 2)
-    whole.save(tmp_path / "state")
+    ref = whole.save("test")
     rest = steps(whole, 3)
-    part = Engine.build(make_config(**options))
-    part.resume(tmp_path / "state")
+    part = Engine.build(make_config(**options, resume="auto"))
+    part.resume(ref)
     assert steps(part, 3) == rest
     assert head_rate(part) == head_rate(whole)
     assert part.head_lr == whole.head_lr > 0.1  # from the features, not five times the encoder's 0.001

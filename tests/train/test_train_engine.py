@@ -118,10 +118,10 @@ def test_state_taken_mid_epoch_continues_bit_for_bit(
     steps(whole, 7)
     first = Engine.build(make_config(**options))
     steps(first, 3)
-    first.save(tmp_path / "state")
+    ref = first.save("test")
     torch.randn(100)  # another process would have another random position
-    second = Engine.build(make_config(**options))
-    second.resume(tmp_path / "state")
+    second = Engine.build(make_config(**options, resume="auto"))
+    second.resume(ref)
     steps(second, 4)
     assert second.global_step == whole.global_step == 7
     for (name, a), b in zip(state_of(whole).items(), state_of(second).values(), strict=True):

@@ -24,7 +24,7 @@ from mooring.errors import RunFolderError
 from mooring.report.progress import make_progress
 from mooring.report.records import from_json_number, to_json_value, write_text_atomic
 from mooring.report.run_folder import RunFolder
-from mooring.train.checkpoint import resumable_state
+from mooring.train.checkpoint import run_to_continue
 from mooring.train.engine import Engine
 from mooring.train.results import RunResult
 
@@ -170,7 +170,7 @@ def _train(trial: Trial, progress: RunOfMany, *, test: bool) -> tuple[RunResult,
     """One run, and what is measured around it; nothing of it stays in memory."""
     out = trial.config.out
     assert out is not None  # every trial has its folder
-    if out.is_dir() and resumable_state(trial.config) is None:
+    if out.is_dir() and run_to_continue(trial.config) is None:
         shutil.rmtree(out)  # our own, stopped before there was anything to continue
     engine = Engine.build(trial.config)
     try:
@@ -180,7 +180,7 @@ def _train(trial: Trial, progress: RunOfMany, *, test: bool) -> tuple[RunResult,
         result = engine.fit(test=test, progress=progress)
         measured = {
             "peak_memory": meter.read(),
-            "seconds_in_training": engine.clock[1],
+            "seconds_in_training": engine.loop["seconds_training"],
             "lr": engine.parts.lr,
             "head_lr": engine.head_lr,
             "counts": engine.parts.manifest.counts,
@@ -255,7 +255,8 @@ def _check_same(trial: Trial, kept: Record, out: Path) -> None:
 
 def _settings(config: RunConfig) -> dict[str, Any]:
     """Every setting that can change a result, without this user's home folder."""
-    settings: dict[str, Any] = config.model_dump(mode="json", exclude={"out", "resume", "report"})
+    other = {"out", "resume", "allow_inexact", "checkpoint", "report"}
+    settings: dict[str, Any] = config.model_dump(mode="json", exclude=other)
     return _homeless(settings)
 
 

@@ -68,6 +68,11 @@ def load_config(recipe: Path | str | None = None, overrides: Sequence[str] = ())
     return config
 
 
+def as_started(config: RunConfig) -> RunConfig:
+    """A copy without how the run was continued: it describes the run, and repeats it elsewhere."""
+    return config.model_copy(update={"resume": None, "allow_inexact": False})
+
+
 def absolute_paths(config: RunConfig) -> RunConfig:
     """A copy whose input paths do not depend on the current folder: data, weights file, local model folder.
 

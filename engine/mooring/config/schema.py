@@ -237,6 +237,22 @@ class BackendSettings(Settings):
     name: Literal["auto", "local"] = Field(default="auto", description="auto: local for one process")
 
 
+class CheckpointSettings(Settings):
+    """When the state of the run is saved, and what is kept. It is saved after each validation in any case."""
+
+    every: int | None = Field(
+        default=None, ge=1, description="optimizer steps between saved states; none: after each epoch only"
+    )
+    keep_last: int = Field(default=2, ge=1, description="newest states that stay")
+    keep_best: int = Field(default=0, ge=0, description="states with the best validation that stay, too")
+    keep_every: int | None = Field(
+        default=None, ge=1, description="states of steps that are multiples of it stay, too; none: no others"
+    )
+    background: bool = Field(
+        default=True, description="write while the training goes on, from one copy in host memory"
+    )
+
+
 class ReportSettings(Settings):
     """What is shown and written while the run goes on."""
 
@@ -303,12 +319,17 @@ class RunConfig(Settings):
         min_length=1,
         description="run folder to continue, or auto: continue `out` where it can be",
     )
+    allow_inexact: bool = Field(
+        default=False,
+        description="with resume: go on where the run cannot continue bit for bit, and record it",
+    )
     model: ModelSettings = ModelSettings()
     method: MethodSettings = DRTuneSettings()
     train: TrainSettings = TrainSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     backend: BackendSettings = BackendSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
     report: ReportSettings = ReportSettings()
 
     @field_validator("data", mode="before")

@@ -1,7 +1,12 @@
-"""The run's numbers over time: append-only ``metrics.jsonl``, and the same as TensorBoard events."""
+"""The run's numbers over time: append-only ``metrics.jsonl``, and the same as TensorBoard events.
+
+A checkpoint holds how long these files were when it was taken. A continued run cuts them there and appends, so that
+they read as those of a run that was never interrupted.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +22,7 @@ if TYPE_CHECKING:
 
 FILE_NAME = "metrics.jsonl"
 DISCRIMINATION = "discrimination"  # kind of a line: what the encoder tells apart beyond the run's classes
-_RESUMED = "resumed_at_step"
+_EVENTS = "tensorboard"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,22 +47,18 @@ class MetricsLog:
     """Writes one JSON object a line, each flushed, so that a killed run loses at most the line being written.
 
     Args:
-        folder: the run folder; gets ``metrics.jsonl`` and ``tensorboard/``.
+        folder: the run folder; gets ``metrics.jsonl`` and ``tensorboard/``. What is there is appended to.
         tensorboard: also write TensorBoard events.
-        resume_step: optimizer steps done where an earlier log is continued. Lines of later steps stay in the
-            file and are dropped by ``read_metrics``: those steps are done again.
     """
 
-    def __init__(self, folder: Path, *, tensorboard: bool = False, resume_step: int | None = None) -> None:
+    def __init__(self, folder: Path, *, tensorboard: bool = False) -> None:
+        self.folder = folder
         self.path = folder / FILE_NAME
-        self._events_folder = folder / "tensorboard" if tensorboard else None
+        self._events_folder = folder / _EVENTS if tensorboard else None
         self._events: SummaryWriter | None = None
-        self._resume_step = resume_step
         if self.path.exists():
             _drop_partial_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
-        if resume_step is not None:
-            self.write("note", step=resume_step, epoch=0, values={_RESUMED: resume_step})
 
     def write(self, kind: str, *, step: int, epoch: int, values: Mapping[str, Any]) -> None:
         """Appends one line. Non-finite numbers are written as ``"nan"``, ``"inf"`` and ``"-inf"``."""
@@ -71,12 +72,25 @@ class MetricsLog:
         if self._events is None:
             from torch.utils.tensorboard import SummaryWriter  # a second or two: only where a line is written
 
-            # TensorBoard's own form of dropping what is done again
-            purge = None if self._resume_step is None else self._resume_step + 1
-            self._events = SummaryWriter(str(self._events_folder), purge_step=purge)
+            self._events = SummaryWriter(str(self._events_folder))
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def lengths(self) -> dict[str, int]:
+        """Bytes written so far to each file, by its path in the run folder; for ``cut_log``."""
+        if self._events is not None:
+            self._events.flush()
+        return {name: (self.folder / name).stat().st_size for name in _log_files(self.folder)}
+
+    def sync(self) -> None:
+        """Waits until what was written is on the disk; may be called from another thread."""
+        for name in _log_files(self.folder):
+            descriptor = os.open(self.folder / name, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def close(self) -> None:
         """Closes the files; may be called twice."""
@@ -93,10 +107,42 @@ class MetricsLog:
         self.close()
 
 
+def cut_log(folder: Path, lengths: Mapping[str, int]) -> list[str]:
+    """Takes from the log of a run what came after a checkpoint: those steps are done again.
+
+    Args:
+        folder: the run folder.
+        lengths: ``MetricsLog.lengths`` at the checkpoint; a file that is not in it is removed. Empty: the run starts
+            from its beginning.
+
+    Returns:
+        what is missing, in words; empty where the log is whole.
+    """
+    missing = []
+    for name in _log_files(folder):
+        file = folder / name
+        if name not in lengths:
+            file.unlink()
+        elif file.stat().st_size > lengths[name]:
+            os.truncate(file, lengths[name])
+    for name, length in lengths.items():
+        file = folder / name
+        size = file.stat().st_size if file.is_file() else 0
+        if size < length:
+            missing.append(f"{name} lacks its last {length - size} bytes: a part of the log is lost")
+    return missing
+
+
+def _log_files(folder: Path) -> list[str]:
+    """The files of the log that are there, relative to the run folder."""
+    events = sorted((folder / _EVENTS).glob("events.out.tfevents.*"))
+    return [FILE_NAME] * (folder / FILE_NAME).is_file() + [f"{_EVENTS}/{file.name}" for file in events]
+
+
 def read_metrics(path: Path) -> list[Record]:
     """The log of a run in order; ``path`` is the run folder or the file.
 
-    A last line cut off by a crash is left out, and so are lines of steps that a resumed run did again.
+    A last line cut off by a crash is left out.
 
     Raises:
         RunFolderError: a line before the last is not a record, or the file cannot be read.
@@ -121,8 +167,6 @@ def read_metrics(path: Path) -> list[Record]:
                 f"{file}, line {number}: expected one metrics record, got {line[:80]!r}: the log is damaged; "
                 "delete that line to read the rest"
             ) from err
-        if record.kind == "note" and _RESUMED in values:
-            records = [earlier for earlier in records if earlier.step <= values[_RESUMED]]
         records.append(record)
     return records
 

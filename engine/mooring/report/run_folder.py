@@ -25,7 +25,7 @@ class RunFolder:
     """A run folder that exists.
 
     It holds ``config.toml`` (resolved), ``environment.json``, ``metrics.jsonl``, ``result.json``,
-    ``confusion.json``, ``tensorboard/``, pictures, ``manifest/``, ``state/`` and ``model/``.
+    ``confusion.json``, ``tensorboard/``, pictures, ``manifest/``, ``checkpoints/``, ``best/`` and ``model/``.
     """
 
     path: Path
@@ -121,8 +121,13 @@ def existing_run(path: Path) -> RunFolder:
     return RunFolder(path)
 
 
+def is_run(path: Path) -> bool:
+    """Whether ``mooring train`` has begun to write this folder."""
+    return (path / "config.toml").is_file()
+
+
 def _require_run(path: Path) -> None:
-    if (path / "config.toml").is_file():
+    if is_run(path):
         return
     if not path.exists():
         got = "nothing"

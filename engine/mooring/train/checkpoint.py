@@ -1,109 +1,178 @@
-"""The state of a run: what it holds and how it is put back."""
+"""The state of a run: what it holds, how it is saved while the training goes on, and how it is put back."""
 
 from __future__ import annotations
 
 import copy
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mooring.config.schema import RunConfig
+from mooring.config.schema import CheckpointSettings, RunConfig
+from mooring.distributed import ALONE, Ranks
 from mooring.errors import RunFolderError
+from mooring.report.run_folder import is_run
+from mooring.state.background import Background
+from mooring.state.retention import Retention
 from mooring.state.rng import capture_rng, restore_rng
-from mooring.state.tree import load_tree, previous_tree, save_tree
+from mooring.state.snapshot import HostMemory
+from mooring.state.store import FOLDER, CheckpointRef, CheckpointStore
+from mooring.train.exactness import Difference, differences, run_facts
 
 if TYPE_CHECKING:
     from mooring.train.engine import Engine
 
-# Settings that may differ between the two halves of a run without changing what is computed.
-_FREE = frozenset({"out", "resume", "report"})
+SHARED = "shared"
 
 
 def engine_state(engine: Engine) -> dict[str, Any]:
-    """Parameters, optimizer, banks, data position, random streams, counters of ``engine``."""
-    return {
-        "step": engine.global_step,
-        "epochs_validated": engine.epochs_validated,
-        "clock": list(engine.clock),
-        "method": dict(engine.method.state_dict()),
+    """Everything the rest of the run depends on, by part, with the engine's own tensors.
+
+    ``shared`` is equal on all ranks, and rank 0 alone has it; ``rank-R`` is what rank R has for itself: its random
+    streams, its place in the data, its banks, the statistics of its batches.
+    """
+    own = {
+        # parameters are equal on all ranks, running statistics are of the batches that a rank has seen
+        "buffers": dict(engine.method.named_buffers()),
         "extra": engine.method.extra_state(),
-        "optimizer": _optimizer_state(engine.optimizer),
-        "ema": None if engine.ema is None else engine.ema.state_dict(),
         "source": engine.train_source.state_dict(),
         "source_stream": None if engine.source_stream is None else engine.source_stream.state_dict(),
         "mixer": engine.mixer.state_dict(),
-        "best": engine.best.state_dict(),
+        "loop": engine.loop,
         "rng": capture_rng(),
-        "manifest": engine.parts.manifest.digest,
-        "config": _comparable(engine),
-        "environment": _environment(),
     }
+    parts: dict[str, Any] = {own_part(engine.backend.rank): own}
+    if engine.backend.rank == 0:
+        parts[SHARED] = {
+            "step": engine.global_step,
+            "epochs_validated": engine.epochs_validated,
+            "method": dict(engine.method.state_dict()),
+            "optimizer": _optimizer_state(engine.optimizer),
+            "ema": None if engine.ema is None else engine.ema.state_dict(),
+            "best": engine.best.state_dict(),
+            "inexact": engine.inexact,
+        }
+    return parts
 
 
-def restore_engine(engine: Engine, state: dict[str, Any]) -> None:
-    """Puts ``state`` into a freshly built engine of the same settings and data.
+def own_part(rank: int) -> str:
+    """The name of a rank's own part of the state."""
+    return f"rank-{rank}"
+
+
+def restore_engine(engine: Engine, state: Mapping[str, Any]) -> None:
+    """Puts ``state`` into a freshly built engine.
+
+    Args:
+        engine: of the same settings and data, or of others that the state still fits.
+        state: ``shared`` and this rank's own part, as ``engine_state`` returned them.
 
     Raises:
-        RunFolderError: the state belongs to other settings or other data.
+        ValueError: the state does not fit this engine; it is half restored and of no use.
     """
-    here = _comparable(engine)
-    differing = sorted(
-        k for k in here.keys() | state["config"].keys() if here.get(k) != state["config"].get(k)
-    )
-    if differing:
-        lines = [f"{k}: saved {state['config'].get(k)}, now {here.get(k)}" for k in differing]
-        raise RunFolderError(
-            "the saved run has other settings; resume with the same ones:\n  " + "\n  ".join(lines)
-        )
-    if state["manifest"] != engine.parts.manifest.digest:
-        raise RunFolderError(
-            f"the saved run was trained on another list of images (manifest {state['manifest'][:12]}, "
-            f"now {engine.parts.manifest.digest[:12]}): restore the data or start a new run"
-        )
-    # Versions and threads change rounding, not the computation: the run goes on, and says so.
-    engine.resume_notes = [
-        f"continued with {name} {now}, started with {state['environment'].get(name)}: not bit for bit the same run"
-        for name, now in _environment().items()
-        if state["environment"].get(name) != now
-    ]
-    try:
-        engine.method.load_extra_state(state["extra"])  # first: it may refuse, and nothing is overwritten yet
-    except ValueError as err:
-        raise RunFolderError(f"the saved run cannot be continued: {err}") from None
-    engine.method.load_state_dict(state["method"])
-    _load_optimizer_state(engine.optimizer, state["optimizer"])
+    shared, own = state[SHARED], state[own_part(engine.backend.rank)]
+    engine.method.load_extra_state(own["extra"])
+    engine.method.load_state_dict(shared["method"])
+    for name, buffer in engine.method.named_buffers():
+        buffer.copy_(own["buffers"][name])
+    _load_optimizer_state(engine.optimizer, shared["optimizer"])
     if engine.ema is not None:
-        engine.ema.load_state_dict(state["ema"])
-    engine.train_source.load_state_dict(state["source"])
+        engine.ema.load_state_dict(shared["ema"])
+    engine.train_source.load_state_dict(own["source"])
     if engine.source_stream is not None:
-        engine.source_stream.load_state_dict(state["source_stream"])
-    engine.mixer.load_state_dict(state["mixer"])
-    engine.best.load_state_dict(state["best"])
-    engine.global_step = int(state["step"])
-    engine.epochs_validated = int(state["epochs_validated"])
-    seconds, training, images = state["clock"]
-    engine.clock = (float(seconds), float(training), int(images))
-    restore_rng(state["rng"])
+        engine.source_stream.load_state_dict(own["source_stream"])
+    engine.mixer.load_state_dict(own["mixer"])
+    engine.best.load_state_dict(shared["best"])
+    engine.global_step = int(shared["step"])
+    engine.epochs_validated = int(shared["epochs_validated"])
+    engine.loop = dict(own["loop"])
+    engine.inexact = list(shared["inexact"])
+    restore_rng(own["rng"])
 
 
-def save(engine: Engine, folder: Path) -> Path:
-    """Writes the engine's state into ``folder``; an earlier state there is replaced only once this one is whole."""
-    save_tree(folder, engine_state(engine), replace=True)
-    return folder
+class Checkpoints:
+    """Saves an engine's state, one checkpoint at a time.
+
+    A save copies the state into host memory and returns; a thread does the rest. The next save waits until the one
+    before it is on the disk, so there is never more than one copy, and its buffers are used again.
+
+    Args:
+        store: where to.
+        settings: whether in the background.
+    """
+
+    def __init__(self, store: CheckpointStore, settings: CheckpointSettings) -> None:
+        self.store = store
+        self._in_background = settings.background
+        self._memory = HostMemory()
+        self._background = Background()
+        self._newest: CheckpointRef | None = None
+
+    def save(
+        self,
+        engine: Engine,
+        reason: str,
+        *,
+        score: tuple[float, float] | None = None,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Takes the state as it is now; its checkpoint stands when ``wait`` returns.
+
+        Args:
+            engine: between two steps.
+            reason: for people.
+            score: validation top-1 and loss of this state, where it was just validated.
+            before: called before the checkpoint is committed, from the thread that writes.
+
+        Raises:
+            RunFolderError: the save before this one failed.
+        """
+        self._background.wait()  # its copy of the state is this one's
+        parts = self._memory.take(engine_state(engine))
+        step, facts = engine.global_step, run_facts(engine)
+
+        def write() -> None:
+            before()
+            self._newest = self.store.write(step, reason, parts, facts=facts, score=score)
+
+        self._background.start(write)
+        if not self._in_background:
+            self._background.wait()
+
+    def check(self) -> None:
+        """Raises what a save that is over came to, where it failed; returns at once.
+
+        With several processes the error waits for the next ``save`` or ``wait``: there all ranks raise it together.
+        """
+        if self.store.ranks.world == 1:
+            self._background.check()
+
+    def wait(self) -> CheckpointRef | None:
+        """The newest checkpoint that this engine wrote, once it stands.
+
+        Raises:
+            RunFolderError: it could not be written.
+        """
+        self._background.wait()
+        return self._newest
 
 
-def resume(engine: Engine, folder: Path) -> None:
-    """Loads the state in ``folder`` into ``engine``."""
-    engine.load_state_dict(load_tree(folder))
+def open_checkpoints(run: Path, settings: CheckpointSettings, ranks: Ranks = ALONE) -> Checkpoints:
+    """The checkpoints of a run folder, for writing."""
+    keep = Retention(settings.keep_last, settings.keep_best, settings.keep_every)
+    # a group of its own: the thread that writes must not get in the way of the training's exchanges
+    return Checkpoints(CheckpointStore(run / FOLDER, ranks.apart(), keep=keep), settings)
 
 
-def resumable_state(config: RunConfig) -> Path | None:
-    """The state folder that ``config.resume`` names, or None for a fresh run.
+# ---------------------------------------------------------------- continuing
+
+
+def run_to_continue(config: RunConfig) -> Path | None:
+    """The run folder that ``config.resume`` names, or None for a fresh run. It may hold no checkpoint yet.
 
     Raises:
-        RunFolderError: a run was named that has no state, or ``resume=auto`` without ``out``.
+        RunFolderError: what was named is no run folder, or ``resume=auto`` without ``out``.
     """
     if config.resume is None:
         return None
@@ -111,45 +180,59 @@ def resumable_state(config: RunConfig) -> Path | None:
         raise RunFolderError("resume=auto continues the run in out=; got no out")
     run = config.out if config.resume == "auto" else Path(config.resume)
     assert run is not None
-    state = run / "state"
-    if state.is_dir() or previous_tree(state).is_dir():
-        return state
+    if is_run(run):
+        return run
     if config.resume == "auto":
         return None
     raise RunFolderError(
-        f"resume: {config.resume} holds no state/ folder; expected a run folder of an earlier run"
+        f"resume: expected the folder of an earlier run; {config.resume} holds no config.toml"
     )
 
 
-def _comparable(engine: Engine) -> dict[str, str]:
-    """Dotted settings as text, without those that change nothing."""
-    flat: dict[str, str] = {}
+def resume(engine: Engine, ref: CheckpointRef, *, allow_inexact: bool = False) -> list[Difference]:
+    """Loads a checkpoint into a freshly built ``engine``; returns what is not as it was.
 
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else key, inner)
-        else:
-            flat[prefix] = repr(value)
+    Args:
+        engine: nothing was trained yet.
+        ref: which one.
+        allow_inexact: go on where the run would not continue bit for bit; it is recorded in ``engine.inexact``.
 
-    walk("", {k: v for k, v in engine.config.model_dump(mode="json").items() if k not in _FREE})
-    flat.pop("data.workers", None)  # decoding order does not depend on it
-    for name in [name for name in flat if name.startswith("data.extra_test")]:
-        del flat[name]  # looked at when the training is over
-    # what `auto` became on this machine
-    parts = engine.parts
-    flat |= {
-        "train.device": str(parts.backend.device),
-        "train.precision": parts.precision,
-        "optimizer.implementation": type(parts.optimizer).__qualname__,
-        "data.source": parts.train_source.kind,
-    }
-    return flat
+    Raises:
+        RunFolderError: the checkpoint is damaged, does not fit, or the run would not be the same.
+    """
+    store = CheckpointStore(ref.folder.parent)
+    found = compared(engine, store, ref)
+    breaking = [difference for difference in found if difference.breaks]
+    if breaking and not allow_inexact:
+        raise RunFolderError(
+            "the run would not continue bit for bit; these differ:\n  "
+            + "\n  ".join(map(str, breaking))
+            + "\nrestore them, or go on all the same with --allow-inexact (allow_inexact=true), which is recorded"
+        )
+    state = {part: store.read(ref, part) for part in (SHARED, own_part(engine.backend.rank))}
+    try:
+        restore_engine(engine, state)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as err:
+        because = f"; these differ:\n  {chr(10).join(map(str, breaking))}" if breaking else ""
+        raise RunFolderError(f"{ref.folder} cannot be continued by this run: {err}{because}") from err
+    if breaking:
+        engine.inexact = [
+            *engine.inexact,
+            {"step": engine.global_step, "differences": [str(difference) for difference in breaking]},
+        ]
+    return found
 
 
-def _environment() -> dict[str, str]:
-    versions = {name: version(name) for name in ("torch", "timm", "numpy")}
-    return {**versions, "CPU threads": str(torch.get_num_threads())}
+def compared(engine: Engine, store: CheckpointStore, ref: CheckpointRef) -> list[Difference]:
+    """What of ``engine`` is not as it was when the checkpoint was taken.
+
+    Raises:
+        RunFolderError: the checkpoint does not say.
+    """
+    try:
+        return differences(store.facts(ref), run_facts(engine))
+    except ValueError as err:
+        raise RunFolderError(f"{ref.folder} does not say what it was trained with ({err})") from err
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from math import inf
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from mooring.config.load import absolute_paths
+from mooring.config.load import absolute_paths, as_started, to_toml
 from mooring.config.schema import RunConfig
 from mooring.data.batch import Batch
 from mooring.data.source import EpochSource
-from mooring.errors import ConfigError
+from mooring.errors import ConfigError, RunFolderError
 from mooring.methods.base import At, SetupContext, StepOutput
 from mooring.report.progress import Progress
-from mooring.report.run_folder import check_run_folder
+from mooring.report.run_folder import check_run_folder, open_run_folder
+from mooring.state.store import CheckpointRef
 from mooring.train import checkpoint
 from mooring.train.assembly import Parts, assemble
-from mooring.train.checkpoint import resumable_state
+from mooring.train.checkpoint import Checkpoints, run_to_continue
 from mooring.train.discrimination import Discrimination, measure_discrimination
 from mooring.train.distortion import Distortion, feature_distortion
 from mooring.train.evaluate import EvalResult, evaluate
+from mooring.train.exactness import Difference
 from mooring.train.mixer import Mixer
 from mooring.train.results import RunPlan, RunResult, StepResult
 from mooring.train.seeding import seed_everything
@@ -47,6 +50,7 @@ class Engine:
         extra_test_sources: batches of each ``data.extra_test``, by name.
         global_step: optimizer steps done.
         epochs_validated: epochs that ``fit`` has validated.
+        is_resumed: the state came from a checkpoint.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -64,9 +68,11 @@ class Engine:
         self.source_stream = parts.source_stream
         self.global_step = 0
         self.epochs_validated = 0
-        self.resume_notes: list[str] = []
-        # of `fit`: seconds, seconds in training steps, images trained on
-        self.clock: tuple[float, float, int] = (0.0, 0.0, 0)
+        # of `fit`: its clocks and means, and how long the log is; saved and put back with the rest
+        self.loop: dict[str, Any] = {}
+        self.inexact: list[dict[str, Any]] = []  # where the run was continued though not bit for bit
+        self.is_resumed = False
+        self._checkpoints: Checkpoints | None = None
         self.best = BestEpoch()
         train = self.config.train
         self.mixer = Mixer(train.mixup, train.cutmix, parts.num_classes, self.config.seed)
@@ -84,7 +90,7 @@ class Engine:
             MooringError: settings, data, weights or output folder cannot be used; says what to do.
         """
         if config.out is not None:
-            check_run_folder(config.out, resume=resumable_state(config) is not None)
+            check_run_folder(config.out, resume=run_to_continue(config) is not None)
         seed_everything(config.seed)
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)
@@ -99,6 +105,11 @@ class Engine:
         return self.parts.total_steps
 
     @property
+    def epoch(self) -> int:
+        """Index of the epoch that the next step belongs to."""
+        return self.global_step // self.steps_per_epoch
+
+    @property
     def head_lr(self) -> float:
         """Peak learning rate of the head; a method may have settled it in its set-up."""
         return self.parts.head_lr * self.method.lr_factors(self._at()).get("head", 1.0)
@@ -109,16 +120,20 @@ class Engine:
 
     # ---------------------------------------------------------------- one step
 
-    def prepare(self) -> None:
-        """Runs the method's set-up once (bank warm-up, feature statistics); ``step`` and ``fit`` call it."""
+    def prepare(self, *, check: Callable[[], None] | None = None) -> None:
+        """Runs the method's set-up once (bank warm-up, feature statistics); ``step`` and ``fit`` call it.
+
+        Args:
+            check: called before each batch that the set-up reads; may raise to stop it.
+        """
         if self._ready:
             return
         self.method.train()
         self.method.setup(
             SetupContext(
                 device=self.backend.device,
-                warm_up=lambda: self._set_up_batches(self.parts.warm_up_source()),
-                clean=lambda: self._set_up_batches(self.parts.clean_source()),
+                warm_up=lambda: self._set_up_batches(self.parts.warm_up_source(), check),
+                clean=lambda: self._set_up_batches(self.parts.clean_source(), check),
                 train_size=self.parts.train_images,
                 batch_size=self.config.train.batch_size * self.config.train.accumulate,
                 total_steps=self.total_steps,
@@ -133,9 +148,14 @@ class Engine:
             self.ema.copy_from(self.method)  # the set-up may have changed weights
         self._ready = True  # only now: a set-up that was broken off has to be done again
 
-    def _set_up_batches(self, source: EpochSource) -> Iterator[Batch]:
+    @property
+    def is_ready(self) -> bool:
+        """Whether the method is set up: before that there is no state to save."""
+        return self._ready
+
+    def _set_up_batches(self, source: EpochSource, check: Callable[[], None] | None) -> Iterator[Batch]:
         try:
-            for batch in source:
+            for batch in source if check is None else _checked(source, check):
                 yield batch.to(self.backend.device)
         finally:
             source.close()
@@ -143,7 +163,7 @@ class Engine:
     def _at(self, micro: int = 0, micros: int = 1) -> At:
         return At(
             step=self.global_step,
-            epoch=self.global_step // self.steps_per_epoch,
+            epoch=self.epoch,
             steps_per_epoch=self.steps_per_epoch,
             total_steps=self.total_steps,
             micro=micro,
@@ -311,24 +331,65 @@ class Engine:
     # ---------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the rest of the run depends on, valid between any two steps."""
+        """Everything the rest of the run depends on, valid between any two steps; the tensors are the engine's own."""
         return checkpoint.engine_state(self)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts back what ``state_dict`` of an engine with the same settings and data returned.
+
+        Raises:
+            ValueError: the state does not fit.
+        """
         checkpoint.restore_engine(self, state)
         self._ready = True
 
-    def save(self, folder: Path) -> Path:
-        """Writes the state into ``folder`` (replaced as a whole) and returns it."""
-        return checkpoint.save(self, folder)
+    def open_checkpoints(self, run: Path) -> Checkpoints:
+        """The checkpoints that this engine writes, in the run folder; the same ones at every call."""
+        if self._checkpoints is None:
+            self._checkpoints = checkpoint.open_checkpoints(run, self.config.checkpoint)
+        return self._checkpoints
 
-    def resume(self, folder: Path) -> None:
-        """Continues from a state written by ``save``.
+    def save(self, reason: str) -> CheckpointRef:
+        """Writes the state as it is now; returns when it is on the disk.
+
+        Args:
+            reason: for people: why the state was saved.
 
         Raises:
-            RunFolderError: the state is incomplete, damaged, or of a run with other settings.
+            ConfigError: there is no ``out``.
+            RunFolderError: it cannot be written; the checkpoints before it are unchanged.
         """
-        checkpoint.resume(self, folder)
+        if self._checkpoints is None:
+            if self.config.out is None:
+                raise ConfigError("save needs a run folder: set out=FOLDER")
+            run = open_run_folder(self.config.out, resume=run_to_continue(self.config) is not None)
+            run.write_text("config.toml", to_toml(as_started(self.config)))
+            self.open_checkpoints(run.path)
+        assert self._checkpoints is not None
+        self._checkpoints.save(self, reason)
+        ref = self._checkpoints.wait()
+        assert ref is not None
+        return ref
+
+    def resume(self, ref: CheckpointRef, *, allow_inexact: bool | None = None) -> list[Difference]:
+        """Continues from a checkpoint; call it right after ``build``.
+
+        Args:
+            ref: as ``save`` returned it, or from ``mooring.state.store.checkpoints_of(run).newest()``.
+            allow_inexact: go on where the run would not continue bit for bit; None: as the settings say.
+
+        Returns:
+            what is not as it was when the state was saved.
+
+        Raises:
+            RunFolderError: the checkpoint is damaged or of another run, or the rest would not be exact; the message
+                lists what differs.
+        """
+        if allow_inexact is None:
+            allow_inexact = self.config.allow_inexact
+        found = checkpoint.resume(self, ref, allow_inexact=allow_inexact)
+        self._ready = self.is_resumed = True
+        return found
 
     # ---------------------------------------------------------------- the whole run
 
@@ -364,17 +425,32 @@ class Engine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except RunFolderError as unsaved:
+            if error is None:
+                raise
+            error.add_note(str(unsaved))  # the first error is the one to report
 
     def close(self) -> None:
-        """Stops the data sources' background work; ``fit`` does it by itself, as does a ``with`` block."""
+        """Finishes a checkpoint that is being written and stops the data sources' background work.
+
+        ``fit`` does it by itself, as does a ``with`` block.
+
+        Raises:
+            RunFolderError: the checkpoint could not be written.
+        """
         own = (self.train_source, self.val_source, self.test_source, self.source_stream)
         for source in (*own, *self.extra_test_sources.values()):
             if source is not None:
                 source.close()
         if self.parts.held_out is not None:
             self.parts.held_out.close()
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
 
 
 def _checked(batches: Iterable[Batch], check: Callable[[], None]) -> Iterator[Batch]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mooring.config.load import to_toml
+from mooring.config.load import as_started, to_toml
 from mooring.config.method_settings import method_title
 from mooring.data.source import EpochSource
 from mooring.errors import MooringError, RunFolderError
@@ -20,12 +20,13 @@ from mooring.models.encoder import Encoder
 from mooring.models.export import export
 from mooring.models.front_door import save_front_door
 from mooring.report.environment import write_environment
-from mooring.report.metrics_log import DISCRIMINATION, MetricsLog, read_metrics
+from mooring.report.metrics_log import DISCRIMINATION, MetricsLog, cut_log, read_metrics
 from mooring.report.plots import draw_run
 from mooring.report.progress import Progress, make_progress
 from mooring.report.run_folder import LOG_BYTES, RunFolder, default_run_name, open_run_folder
+from mooring.state.store import checkpoints_of
 from mooring.state.tree import load_tree, save_tree
-from mooring.train.checkpoint import resumable_state
+from mooring.train.checkpoint import run_to_continue
 from mooring.train.discrimination import Discrimination
 from mooring.train.distortion import Distortion
 from mooring.train.evaluate import EvalResult
@@ -43,7 +44,6 @@ class Fit:
     Args:
         engine: freshly built, or resumed.
         folder: where the run is recorded.
-        resumed: the folder holds the first part of this run.
         test: whether the best epoch is tested, on the test split where there is one and on every further set.
         progress: what shows the run; None: as ``report.progress`` says.
     """
@@ -53,7 +53,6 @@ class Fit:
         engine: Engine,
         folder: RunFolder,
         *,
-        resumed: bool,
         test: bool = True,
         progress: Progress | None = None,
     ) -> None:
@@ -61,19 +60,28 @@ class Fit:
         self.folder = folder
         self.test = test
         report = engine.config.report
-        self.log = MetricsLog(
-            folder.path, tensorboard=report.tensorboard, resume_step=engine.global_step if resumed else None
-        )
+        self.log = MetricsLog(folder.path, tensorboard=report.tensorboard)
         self.progress = progress or make_progress(report.progress)
         self.interrupt = Interrupt(lambda: self.progress.note("interrupted: finishing this step"))
+        self.checkpoints = engine.open_checkpoints(folder.path)
+        # steps and validated epochs of the newest checkpoint
+        self.saved = (engine.global_step, engine.epochs_validated) if engine.is_resumed else None
         # over all parts of an interrupted run
-        self.seconds, self.seconds_training, self.images = engine.clock
-        self.last_val: EvalResult | None = None
+        before = engine.loop
+        self.seconds: float = before.get("seconds", 0.0)
+        self.seconds_training: float = before.get("seconds_training", 0.0)
+        self.images: int = before.get("images", 0)
+        # since the last line of the log
+        self.running = RunningMetrics()
+        if "running" in before:
+            self.running.load_state_dict(before["running"], engine.backend.device)
+        self.rows_since: int = before.get("rows_since", 0)
+        self.since = time.perf_counter() - before.get("seconds_since", 0.0)
 
     def run(self) -> RunResult:
         engine = self.engine
         self.started = time.perf_counter()
-        interrupted = False
+        stopped: Stopped | None = None
         val: EvalResult | None
         try:
             with self.progress, self.interrupt:
@@ -83,9 +91,10 @@ class Fit:
                     val, test = self._finish()
                     extra = self._extra_tests()
                     distortion = self._distortion()
-                except Stopped:
-                    interrupted = True
+                except Stopped as err:
+                    stopped = err
                     val, test, extra, distortion = self._keep_interrupted(), None, {}, {}
+            self.engine.loop = self._loop()
             result = RunResult(
                 run=self.folder.path,
                 best_epoch=engine.best.epoch,
@@ -93,7 +102,8 @@ class Fit:
                 test=test,
                 images_per_second=self.images / self.seconds_training if self.seconds_training else 0.0,
                 seconds=self._elapsed(),
-                interrupted=interrupted,
+                interrupted=stopped is not None,
+                preempted=stopped is not None and stopped.preempted,
                 extra_tests=extra,
                 distortion=distortion,
                 discrimination=self._discrimination(),
@@ -106,17 +116,34 @@ class Fit:
     def _elapsed(self) -> float:
         return self.seconds + time.perf_counter() - self.started
 
-    def _save(self) -> None:
-        self.engine.clock = (self._elapsed(), self.seconds_training, self.images)
-        self.engine.save(self.folder.path / "state")
+    def _loop(self) -> dict[str, Any]:
+        """What this loop keeps beside the engine, and how long the log is."""
+        return {
+            "seconds": self._elapsed(),
+            "seconds_training": self.seconds_training,
+            "images": self.images,
+            "running": self.running.state_dict(),
+            "rows_since": self.rows_since,
+            "seconds_since": time.perf_counter() - self.since,
+            "log": self.log.lengths(),
+        }
+
+    def _save(self, reason: str, val: EvalResult | None = None) -> None:
+        """Takes the state; it is on the disk at the next save, or when the run ends."""
+        engine = self.engine
+        engine.loop = self._loop()
+        score = None if val is None else (val.top1, val.nll)
+        # what the checkpoint counts as written must be on the disk before it
+        self.checkpoints.save(engine, reason, score=score, before=self.log.sync)
+        self.saved = engine.global_step, engine.epochs_validated
 
     # ---------------------------------------------------------------- epochs
 
     def _epochs(self) -> None:
         engine = self.engine
-        engine.prepare()
+        engine.prepare(check=self.interrupt.check)
         self.interrupt.check()
-        if engine.parts.held_out is not None and engine.global_step == 0:
+        if engine.parts.held_out is not None and engine.global_step == 0 and not self._measured_before():
             self._log_discrimination(0, engine.discrimination(check=self.interrupt.check))
         while True:
             # also true right after a resume, where the first part was stopped during validation
@@ -142,35 +169,47 @@ class Fit:
         if engine.best.offer(epoch, val):
             self._keep_best(val)
         engine.epochs_validated = epoch + 1
-        self._save()
+        self._save(f"epoch {epoch + 1}", val)
 
     def _train_epoch(self, epoch: int) -> None:
-        engine, running, since = self.engine, RunningMetrics(), time.perf_counter()
-        rows_since = 0
+        engine = self.engine
+        if self.rows_since == 0:
+            self.since = time.perf_counter()  # validation is not training
         for group in engine.epoch_groups():
             result = engine.step(group)
-            running.add(result.metrics)
-            rows_since += sum(b.labels.shape[0] for b in group)
+            self.running.add(result.metrics)
+            self.rows_since += sum(b.labels.shape[0] for b in group)
             last = engine.global_step % engine.steps_per_epoch == 0
-            if engine.global_step % engine.config.report.log_every and not last:
-                self.progress.advance(engine.global_step, None)
-                self.interrupt.check()
-                continue
-            means = running.drain()  # waits for the device: the clock below is honest
-            now = time.perf_counter()
-            self.seconds_training += now - since
-            self.images += rows_since
-            means |= {"lr": result.lr, "images_per_second": rows_since / (now - since)}
-            since, rows_since = now, 0
-            self.log.write("train", step=engine.global_step, epoch=epoch, values=means)
-            if not means["loss"] < float("inf"):  # also catches NaN
-                raise MooringError(
-                    f"the training loss became {means['loss']} near step {engine.global_step}: lower optimizer.lr "
-                    f"(now {result.lr:.2g}) or set train.clip_grad_norm=1; "
-                    f"{self._kept()}"
-                )
+            means: dict[str, float] | None = None
+            if engine.global_step % engine.config.report.log_every == 0 or last:
+                means = self._drain(epoch, result.lr)
             self.progress.advance(engine.global_step, means)
+            self.checkpoints.check()
+            every = engine.config.checkpoint.every
+            if (
+                every is not None and engine.global_step % every == 0 and not last
+            ):  # the last one is validated first
+                self._save(f"step {engine.global_step}")
             self.interrupt.check()
+
+    def _drain(self, epoch: int, lr: float) -> dict[str, float]:
+        """Reads the metrics since the last line and writes the next one."""
+        engine = self.engine
+        means = self.running.drain()  # waits for the device: the clock below is honest
+        now = time.perf_counter()
+        seconds = now - self.since
+        self.seconds_training += seconds
+        self.images += self.rows_since
+        means |= {"lr": lr, "images_per_second": self.rows_since / seconds}
+        self.since, self.rows_since = now, 0
+        self.log.write("train", step=engine.global_step, epoch=epoch, values=means)
+        if not means["loss"] < float("inf"):  # also catches NaN
+            raise MooringError(
+                f"the training loss became {means['loss']} near step {engine.global_step}: lower optimizer.lr "
+                f"(now {lr:.2g}) or set train.clip_grad_norm=1; "
+                f"{self._kept()}"
+            )
+        return means
 
     def _kept(self) -> str:
         if self.engine.best.epoch is None:
@@ -225,7 +264,11 @@ class Fit:
     def _keep_interrupted(self) -> EvalResult | None:
         """State at the last finished step; a model even if no epoch was validated yet. The best epoch's result."""
         engine = self.engine
-        self._save()
+        if not engine.is_ready:
+            return None  # stopped in the set-up, which starts anew: there is nothing to keep
+        if self.saved != (engine.global_step, engine.epochs_validated):
+            self._save("stopped")
+        self.checkpoints.wait()
         if engine.best.epoch is None:
             with self._averaged():
                 self._export()
@@ -235,11 +278,17 @@ class Fit:
     def _best_epoch(self) -> tuple[EvalResult, dict[str, Tensor]]:
         """Validation result and weights of the best epoch."""
         best = load_tree(self.folder.path / "best")
+        if best["epoch"] != self.engine.best.epoch:
+            raise RunFolderError(
+                f"{self.folder.path / 'best'} holds epoch {best['epoch'] + 1}, the best one of this run is "
+                f"{(self.engine.best.epoch or 0) + 1}: files of two runs are mixed there; start a new run"
+            )
         return _from_tree(best["val"]), best["method"]
 
     def _finish(self) -> tuple[EvalResult, EvalResult | None]:
         """Validation result of the best epoch, and its single test."""
         engine = self.engine
+        self.checkpoints.wait()  # the weights are about to be exchanged for the best ones
         assert engine.best.epoch is not None  # every finished run has validated
         val, weights = self._best_epoch()
         engine.method.load_state_dict(weights)
@@ -249,10 +298,11 @@ class Fit:
             return val, None
         tested = self.folder.path / "test"
         if tested.is_dir():  # a finished run that is resumed: the test split is looked at once
-            return val, _from_tree(load_tree(tested))
-        test = engine.evaluate(engine.test_source, check=self.interrupt.check)
-        self._log_eval("test", engine.best.epoch, test)
-        save_tree(tested, _as_tree(test))
+            test = _from_tree(load_tree(tested))
+        else:
+            test = engine.evaluate(engine.test_source, check=self.interrupt.check)
+            save_tree(tested, _as_tree(test))
+        self._log_eval("test", engine.best.epoch, test)  # the log of a resumed run was cut before this line
         return val, test
 
     def _extra_tests(self) -> dict[str, EvalResult]:
@@ -265,15 +315,14 @@ class Fit:
         for name, source in engine.extra_test_sources.items():
             tested = self.folder.path / "extra_test" / name
             path = str(engine.config.data.extra_test[name])
-            if tested.is_dir():
-                before = load_tree(tested)
-                if before["path"] == path:
-                    found[name] = _from_tree(before)
-                    continue
-            found[name] = engine.evaluate(source, check=self.interrupt.check)
+            before = load_tree(tested) if tested.is_dir() else None
+            if before is not None and before["path"] == path:
+                found[name] = _from_tree(before)
+            else:
+                found[name] = engine.evaluate(source, check=self.interrupt.check)
+                tested.parent.mkdir(exist_ok=True)
+                save_tree(tested, _as_tree(found[name]) | {"path": path}, replace=True)
             self._log_eval(f"test/{name}", engine.best.epoch, found[name])
-            tested.parent.mkdir(exist_ok=True)
-            save_tree(tested, _as_tree(found[name]) | {"path": path}, replace=True)
         return found
 
     def _distortion(self) -> dict[str, Distortion]:
@@ -290,6 +339,10 @@ class Fit:
             for name, source in sources.items()
             if source is not None
         }
+
+    def _measured_before(self) -> bool:
+        """Whether the log has the pretrained encoder already: the run was stopped before its first step."""
+        return any(record.kind == DISCRIMINATION for record in read_metrics(self.folder.path))
 
     def _discrimination(self) -> dict[str, Mapping[str, float]]:
         """Of the encoder as it began and as it was selected, from the log: also where the run was continued."""
@@ -320,6 +373,7 @@ class Fit:
                 "images_per_second": result.images_per_second,
                 "seconds": result.seconds,
                 "interrupted": result.interrupted,
+                "inexact": self.engine.inexact,
                 "steps": self.engine.global_step,
                 "total_steps": self.engine.total_steps,
             },
@@ -342,11 +396,14 @@ def _from_tree(tree: dict[str, Any]) -> EvalResult:
     return EvalResult(**tree["scalars"], n=tree["n"], confusion=tree["confusion"])
 
 
-def _checkpoint_bytes(engine: Engine) -> int:
-    """Room for everything a run writes beside its logs, while old and new stand side by side for a moment."""
+def _checkpoint_bytes(engine: Engine, *, begun: bool) -> int:
+    """Room for what a run has yet to write beside its logs, while old and new stand side by side for a moment."""
     weights = _tensor_bytes(dict(engine.method.state_dict()))
-    # state: weights, two optimizer moments and perhaps an average; the best epoch; the export; all of it twice
-    return 2 * (6 * weights + _tensor_bytes(engine.method.extra_state()))
+    state = (4 if engine.ema is not None else 3) * weights + _tensor_bytes(engine.method.extra_state())
+    kept = engine.config.checkpoint
+    # the best epoch and the export, each twice; the states that are kept, and the one being written
+    states = 1 if begun else kept.keep_last + kept.keep_best + 1
+    return 4 * weights + states * state
 
 
 def _tensor_bytes(tree: Any) -> int:
@@ -363,21 +420,21 @@ def fit(engine: Engine, *, test: bool = True, progress: Progress | None = None) 
 
 def _fit(engine: Engine, test: bool, progress: Progress | None) -> RunResult:
     config = engine.config
-    state = resumable_state(config)
-    out = state.parent if state is not None else config.out or Path("runs") / default_run_name(config)
+    begun = run_to_continue(config)
+    out = begun or config.out or Path("runs") / default_run_name(config)
     try:
-        folder = open_run_folder(
-            out, resume=state is not None, need_bytes=LOG_BYTES + _checkpoint_bytes(engine)
-        )
-        if state is not None:
-            engine.resume(state)  # first: a refused resume must leave the folder as it was
-        # without resume=: the file describes the run, and repeats it elsewhere
-        folder.write_text("config.toml", to_toml(config.model_copy(update={"resume": None})))
+        need = LOG_BYTES + _checkpoint_bytes(engine, begun=begun is not None)
+        folder = open_run_folder(out, resume=begun is not None, need_bytes=need)
+        # first: a refused resume must leave the folder as it was
+        notes, inexact = ([], []) if begun is None else _continue(engine, begun)
+        folder.write_text("config.toml", to_toml(as_started(config)))
         write_environment(folder)
         engine.parts.manifest.save(folder.path / "manifest")
-        run = Fit(engine, folder, resumed=state is not None, test=test, progress=progress)
-        for note in engine.resume_notes:
+        run = Fit(engine, folder, test=test, progress=progress)
+        for note in notes:
             run.progress.note(note)
+        if inexact:
+            run.log.write("note", step=engine.global_step, epoch=engine.epoch, values={"inexact": inexact})
         return run.run()
     except (OSError, SafetensorError, RunFolderError) as err:
         if _disk_is_full(err) or (err.__cause__ is not None and _disk_is_full(err.__cause__)):
@@ -391,6 +448,26 @@ def _fit(engine: Engine, test: bool, progress: Progress | None) -> RunResult:
                 f"continue with resume={out}; what was finished is kept"
             ) from err
         raise
+
+
+def _continue(engine: Engine, run: Path) -> tuple[list[str], list[str]]:
+    """Puts the run where its newest whole checkpoint left it, or at its beginning.
+
+    Returns:
+        what people should know, and why the run is not bit for bit the one that was started.
+    """
+    store = checkpoints_of(run)
+    found = store.newest()
+    found.require_whole()
+    notes = list(found.notes)
+    inexact: list[str] = []
+    if found.ref is None:
+        notes.append("nothing was saved yet: the run starts from its beginning")
+    else:
+        inexact = [str(difference) for difference in engine.resume(found.ref) if difference.breaks]
+        notes += [f"not bit for bit the run that was started: {difference}" for difference in inexact]
+    store.tidy(found.damaged)
+    return notes + cut_log(run, engine.loop.get("log", {})), inexact
 
 
 def _disk_is_full(err: BaseException) -> bool:

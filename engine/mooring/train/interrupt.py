@@ -1,20 +1,35 @@
-"""Ctrl-C at safe points only: the step under way is finished, so that the state saved after it is whole."""
+"""Ctrl-C and preemption at safe points only: the step under way is finished, the state saved after it is whole."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+# A scheduler that takes the machine away sends one of these, often to every process of the job.
+_PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)
+# One preemption may arrive more than once, from the scheduler and from a parent process that passes it on.
+_SAME_REQUEST_SECONDS = 0.5
+
 
 class Stopped(Exception):
-    """Raised at a safe point after Ctrl-C was pressed."""
+    """Raised at a safe point after a signal came in.
+
+    Attributes:
+        preempted: it was a scheduler's signal, not Ctrl-C.
+    """
+
+    def __init__(self, *, preempted: bool) -> None:
+        super().__init__("preempted" if preempted else "interrupted")
+        self.preempted = preempted
 
 
 class Interrupt:
-    """Turns the first SIGINT into a request that ``check`` answers; the second ends the program at once.
+    """Turns the first SIGINT, SIGTERM or SIGUSR1 into a request that ``check`` answers; the second ends the program.
 
     Args:
         on_request: called once, from the signal handler, when the request comes in.
@@ -22,13 +37,15 @@ class Interrupt:
 
     def __init__(self, on_request: Callable[[], None]) -> None:
         self._on_request = on_request
-        self._requested = False
-        self._before: Any = None
+        self._requested: int | None = None
+        self._when = 0.0
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        # only the main thread may set handlers; elsewhere Ctrl-C is that thread's owner's business
+        # only the main thread may set handlers; elsewhere signals are that thread's owner's business
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._handle)
+            for number in (signal.SIGINT, *_PREEMPTION):
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -37,20 +54,24 @@ class Interrupt:
         self._restore()
 
     def _restore(self) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
+        for number, before in self._before.items():
+            # None: a handler that was not installed from Python, and cannot be put back
+            signal.signal(number, signal.SIG_DFL if before is None else before)
+        self._before = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._requested = True
-        self._restore()
-        self._on_request()
+        if self._requested is None:
+            self._requested, self._when = number, time.monotonic()
+            self._on_request()
+        elif number == signal.SIGINT or time.monotonic() - self._when > _SAME_REQUEST_SECONDS:
+            self._restore()
+            os.kill(os.getpid(), number)  # as if there had never been a handler
 
     def check(self) -> None:
         """A safe point.
 
         Raises:
-            Stopped: Ctrl-C was pressed.
+            Stopped: a signal came in.
         """
-        if self._requested:
-            raise Stopped
+        if self._requested is not None:
+            raise Stopped(preempted=self._requested in _PREEMPTION)

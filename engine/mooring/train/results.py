@@ -69,7 +69,8 @@ class RunResult:
             ``test/NAME``), where ``report.distortion``.
         discrimination: what the encoder tells apart beyond the run's classes, ``pretrained`` and ``selected``, where
             ``report.discrimination``; every epoch's is in the log.
-        interrupted: the user stopped it; everything up to the last finished step is kept.
+        interrupted: it was stopped; everything up to the last finished step is kept.
+        preempted: it was stopped by SIGTERM or SIGUSR1: whoever sent it wants it to be continued later.
     """
 
     run: Path
@@ -82,6 +83,7 @@ class RunResult:
     extra_tests: Mapping[str, EvalResult] = field(default_factory=dict)
     distortion: Mapping[str, Distortion] = field(default_factory=dict)
     discrimination: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    preempted: bool = False
 
     def rows(self) -> dict[str, dict[str, float]]:
         """All numbers by evaluated set: ``val``, ``test``, ``test/NAME``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,3 +38,12 @@ class RunningMetrics:
         if rows:
             means["top1"] = correct / rows
         return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far, by reference."""
+        return {"sums": dict(self._sums), "steps": dict(self._steps)}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Goes on from what ``state_dict`` returned, with metrics that come from ``device``."""
+        self._sums = {name: total.to(device) for name, total in state["sums"].items()}
+        self._steps = dict(state["steps"])

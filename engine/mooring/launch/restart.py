@@ -1,0 +1,74 @@
+"""Starts a command again from where it was when it was taken down, up to so many times."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+# sysexits.h: a temporary failure, the user is invited to retry. What a preempted run ends with.
+PREEMPTED = 75
+_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def run_with_restarts(
+    first: Sequence[str],
+    again: Sequence[str],
+    restarts: int,
+    *,
+    note: Callable[[str], None],
+) -> int:
+    """Runs ``first``, and ``again`` as long as the command was preempted or killed; returns its last exit code.
+
+    An error of its own ends the loop: it would come again. SIGTERM and SIGUSR1 are passed on and end the loop, too: the
+    scheduler that sends them to this process wants both to end, and starts the job anew itself. Ctrl-C reaches the
+    command by itself, from the terminal.
+
+    Args:
+        first, again: the words of the command; ``again`` continues what ``first`` began.
+        restarts: how often ``again`` may be started.
+        note: told about each restart.
+
+    Returns:
+        the exit code as a shell has it: 128 and the signal's number for a command that was killed.
+    """
+    told_to_stop: list[int] = []
+    running: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        told_to_stop.append(number)
+        for process in running:
+            process.send_signal(number)
+
+    def wait_for_it(number: int, frame: FrameType | None) -> None:
+        told_to_stop.append(number)
+
+    handlers = {signal.SIGINT: wait_for_it, **dict.fromkeys(_PASSED_ON, pass_on)}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        for attempt in range(restarts + 1):
+            process = subprocess.Popen(again if attempt else first)
+            running[:] = [process]
+            if told_to_stop and told_to_stop[-1] in _PASSED_ON:  # came between two commands
+                process.send_signal(told_to_stop[-1])
+            code = process.wait()
+            running.clear()
+            taken_down = code < 0 or code == PREEMPTED
+            if not taken_down or told_to_stop or attempt == restarts:
+                break
+            what = "preempted" if code == PREEMPTED else f"killed by {_signal_name(-code)}"
+            note(
+                f"the run was {what}: starting again from its newest state, restart {attempt + 1} of {restarts}"
+            )
+        return code if code >= 0 else 128 - code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,418 @@
+"""The checkpoints of a run: each whole or not there, found again whatever ended the process that wrote them.
+
+A checkpoint ``step-N/`` is written in two phases. First every rank writes its files into ``step-N.partial/`` and
+waits until they are on the disk. When all ranks say so, rank 0 adds the manifest (size and sha256 of every file, and a
+hash of itself), syncs the folder, renames it to ``step-N/``, syncs its parent and replaces the pointer ``latest``.
+A process may die between any two of these: either the rename is on the disk and the manifest vouches for every byte,
+or the folder has no name that counts.
+
+Order is by step and by a serial number for several checkpoints of one step (``step-N``, ``step-N-1``); no clock is
+asked. The pointer is for people and for a warning: what is continued from is the newest folder that its own manifest
+vouches for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from mooring.distributed import ALONE, Ranks
+from mooring.errors import RunFolderError
+from mooring.parsing import parse_json
+from mooring.state.durable import damage, read_checked, sync, write_durably
+from mooring.state.encoding import EncodedTree, decode_tree, document_bytes, tensor_bytes
+from mooring.state.retention import Retention
+
+FOLDER = "checkpoints"
+MANIFEST = "manifest.json"
+POINTER = "latest"
+_FORMAT = 1
+_NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
+_PARTIAL, _DAMAGED = ".partial", ".damaged"
+_T = TypeVar("_T")
+_Problem = tuple[int, str]  # the system's number of an error (0: none), and its words
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRef:
+    """A checkpoint on the disk.
+
+    Attributes:
+        folder: ``.../step-N`` or ``.../step-N-SERIAL``.
+        step: optimizer steps done.
+        reason: why it was written, for people.
+        score: validation top-1 and loss where the step was validated.
+        serial: counts the checkpoints of one step from 0.
+    """
+
+    folder: Path
+    step: int
+    reason: str = ""
+    score: tuple[float, float] | None = None
+    serial: int = field(default=0, compare=False)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """What checkpoints are ordered by."""
+        return self.step, self.serial
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search came to.
+
+    Attributes:
+        ref: the newest whole checkpoint; None: there is none.
+        notes: what was passed over, and why.
+        damaged: folders that are not what was written.
+    """
+
+    ref: CheckpointRef | None
+    notes: list[str]
+    damaged: list[Path]
+
+    def require_whole(self) -> None:
+        """For a run that is to go on: with nothing saved it begins anew, with nothing whole it must not.
+
+        Raises:
+            RunFolderError: there are checkpoints, and none is whole.
+        """
+        if self.ref is None and self.damaged:
+            raise RunFolderError(
+                "none of the saved states is whole:\n  "
+                + "\n  ".join(self.notes)
+                + "\nstart a new run with out=FOLDER"
+            )
+
+
+class CheckpointStore:
+    """Writes, finds and deletes the checkpoints of one run.
+
+    Args:
+        folder: ``RUN/checkpoints``; made with the first checkpoint.
+        ranks: the processes that write together. Every call of ``write`` is collective.
+        keep: what stays when a new checkpoint stands.
+        stage: called with the name of each stage of a write before it is entered: the place where tests die.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        ranks: Ranks = ALONE,
+        *,
+        keep: Retention | None = None,
+        stage: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self.folder = folder
+        self.ranks = ranks
+        self.keep = keep or Retention()
+        self._stage = stage
+
+    # ---------------------------------------------------------------- writing
+
+    def write(
+        self,
+        step: int,
+        reason: str,
+        parts: Mapping[str, EncodedTree],
+        *,
+        facts: Mapping[str, Any] | None = None,
+        score: tuple[float, float] | None = None,
+    ) -> CheckpointRef:
+        """Writes one checkpoint; returns when it is on the disk under its name, on every rank.
+
+        Args:
+            step: optimizer steps done.
+            reason: for people.
+            parts: what this rank has to keep, by name; the names of all ranks differ.
+            facts: JSON values that can be read without reading the parts.
+            score: validation top-1 and loss of this step, where it was validated.
+
+        Raises:
+            RunFolderError: it could not be written; on every rank, whichever of them failed. The checkpoints before
+                it stay.
+        """
+        name = self._agreed(lambda: self._begin(step))
+        partial = self.folder / (name + _PARTIAL)
+        written: dict[str, Any] = {}
+        problem: _Problem | None = None
+        try:
+            if not partial.is_dir():
+                raise RunFolderError(
+                    f"{partial}: expected the folder that rank 0 made, got nothing: out must be on a file system that "
+                    "all nodes share"
+                )
+            for part, encoded in parts.items():
+                for ending, content in (("safetensors", tensor_bytes), ("json", document_bytes)):
+                    self._stage(f"write {part}.{ending}")
+                    pieces = content(encoded)
+                    written[f"{part}.{ending}"] = write_durably(
+                        partial / f"{part}.{ending}", [pieces] if isinstance(pieces, bytes) else pieces
+                    )
+        except (OSError, RunFolderError) as err:
+            problem = _problem(err)
+        self._stage("wait for the other ranks")
+        found = self.ranks.gather((written, problem))
+        failed = next((theirs for _, theirs in found if theirs is not None), None)
+        if failed is not None:
+            if self.ranks.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            self._give_up(failed)
+        ref = CheckpointRef(self.folder / name, step, reason, score, _place(name)[1])
+        manifest = {
+            "format": _FORMAT,
+            "step": step,
+            "reason": reason,
+            "score": None if score is None else [value.hex() for value in score],
+            "world": self.ranks.world,
+            "facts": dict(facts or {}),
+            "files": {file: described for files, _ in found for file, described in files.items()},
+        }
+        self._agreed(lambda: self._commit(ref, manifest))
+        return ref
+
+    def _begin(self, step: int) -> str:
+        """Makes the empty folder of a new checkpoint; returns the checkpoint's name."""
+        self._stage("make the folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        places = [_place(entry.name) for entry in self.folder.iterdir()]
+        taken = {serial for of_step, serial in places if of_step == step}
+        serial = max(taken, default=-1) + 1
+        name = f"step-{step}" + (f"-{serial}" if serial else "")
+        partial = self.folder / (name + _PARTIAL)
+        shutil.rmtree(partial, ignore_errors=True)  # left by a process that died while writing
+        partial.mkdir()
+        return name
+
+    def _commit(self, ref: CheckpointRef, manifest: dict[str, Any]) -> None:
+        partial = ref.folder.with_name(ref.folder.name + _PARTIAL)
+        try:
+            self._stage("write the manifest")
+            signed = manifest | {"manifest_sha256": _digest(manifest)}
+            write_durably(partial / MANIFEST, [json.dumps(signed, indent=1).encode()])
+            self._stage("sync the folder")
+            sync(partial)
+            self._stage("rename")
+            partial.rename(ref.folder)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        self._stage("sync the parent")
+        sync(self.folder)
+        self._stage("replace the pointer")
+        self._point_at(ref)
+        self._stage("delete old checkpoints")
+        self._delete_old()
+        self._stage("done")
+
+    def _point_at(self, ref: CheckpointRef) -> None:
+        fresh = self.folder / f".{POINTER}"
+        fresh.unlink(missing_ok=True)
+        write_durably(fresh, [f"{ref.folder.name}\n".encode()])
+        fresh.replace(self.folder / POINTER)
+        sync(self.folder)
+
+    def _delete_old(self) -> None:
+        refs = self.refs()
+        kept = self.keep.kept(refs)
+        if len(kept) == len(refs) or not any(self._damage(refs[i].folder) is None for i in sorted(kept)):
+            return  # nothing of what would stay can be read back: what is older may be the last good one
+        for i, ref in enumerate(refs):
+            if i not in kept:
+                # the manifest first: a folder that is half deleted must not look like a checkpoint
+                (ref.folder / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(ref.folder, ignore_errors=True)
+
+    def _agreed(self, work: Callable[[], _T]) -> _T:
+        """Rank 0 does the work; all ranks have its result, or raise its error."""
+        result: Any = None
+        problem: _Problem | None = None
+        if self.ranks.rank == 0:
+            try:
+                result = work()
+            except OSError as err:
+                problem = _problem(err)
+        result, problem = self.ranks.broadcast((result, problem))
+        if problem is not None:
+            self._give_up(problem)
+        return result
+
+    def _give_up(self, problem: _Problem) -> NoReturn:
+        number, text = problem
+        raise RunFolderError(
+            f"cannot save a checkpoint to {self.folder} ({text}): the checkpoints before it are unchanged; "
+            "free space or choose another place"
+        ) from (OSError(number, text) if number else None)
+
+    # ---------------------------------------------------------------- finding
+
+    def refs(self) -> list[CheckpointRef]:
+        """The checkpoints that were committed, newest first, by their manifests alone; files are not read."""
+        found = []
+        for folder in self._folders():
+            try:
+                found.append(_ref(folder, _manifest(folder)))
+            except RunFolderError:
+                continue
+        return sorted(found, key=lambda ref: ref.place, reverse=True)
+
+    def newest(self) -> Found:
+        """The newest checkpoint all of whose files are what was written; reads every byte of it."""
+        notes: list[str] = []
+        damaged: list[Path] = []
+        for folder in sorted(self._folders(), key=lambda folder: _place(folder.name), reverse=True):
+            problem = self._damage(folder)
+            if problem is not None:
+                notes.append(f"{folder.name} cannot be used: {problem}")
+                damaged.append(folder)
+                continue
+            ref = _ref(folder, _manifest(folder))
+            if notes:
+                notes.append(f"continuing from {folder.name}, the newest checkpoint that is whole")
+            return Found(ref, notes, damaged)
+        return Found(None, notes, damaged)
+
+    def facts(self, ref: CheckpointRef) -> dict[str, Any]:
+        """What ``write`` was given as ``facts``, and ``world``.
+
+        Raises:
+            RunFolderError: the manifest is not what was written.
+        """
+        manifest = _manifest(ref.folder)
+        return {**manifest["facts"], "world": manifest["world"]}
+
+    def read(self, ref: CheckpointRef, part: str) -> Any:
+        """One part of a checkpoint; tensors come back contiguous and on the CPU.
+
+        Raises:
+            RunFolderError: there is no such part, or it is not what was written.
+        """
+        files = _manifest(ref.folder)["files"]
+        names = [f"{part}.json", f"{part}.safetensors"]
+        if not set(names) <= set(files):
+            raise RunFolderError(f"{ref.folder} has no {part}: it was written by another number of processes")
+        document, tensors = (read_checked(ref.folder / name, files[name]) for name in names)
+        try:
+            return decode_tree(document, tensors)
+        except ValueError as err:
+            raise RunFolderError(f"{ref.folder} holds a state this version cannot read ({err})") from err
+
+    def tidy(self, damaged: list[Path]) -> None:
+        """Before a run goes on: deletes what an unfinished write left, and sets damaged checkpoints aside.
+
+        Args:
+            damaged: of ``newest``; they become ``NAME.damaged``, so that their names are free and a person can look.
+        """
+        for entry in list(self.folder.iterdir()) if self.folder.is_dir() else []:
+            if entry.name.endswith(_PARTIAL) and _NAME.fullmatch(entry.name.removesuffix(_PARTIAL)):
+                shutil.rmtree(entry, ignore_errors=True)
+        for folder in damaged:
+            aside = folder.with_name(folder.name + _DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+
+    def _folders(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return [entry for entry in self.folder.iterdir() if _NAME.fullmatch(entry.name) and entry.is_dir()]
+
+    def _damage(self, folder: Path) -> str | None:
+        try:
+            files = _manifest(folder)["files"]
+        except RunFolderError as err:
+            return str(err)
+        return next((found for name in files if (found := damage(folder / name, files[name]))), None)
+
+
+def checkpoints_of(run: Path) -> CheckpointStore:
+    """The checkpoints of a run folder, for reading."""
+    return CheckpointStore(run / FOLDER)
+
+
+def _place(name: str) -> tuple[int, int]:
+    """Step and serial number of a checkpoint's folder, finished or partial; (-1, -1) of anything else."""
+    found = _NAME.fullmatch(name.removesuffix(_PARTIAL))
+    return (-1, -1) if found is None else (int(found[1]), int(found[2] or 0))
+
+
+def _ref(folder: Path, manifest: Mapping[str, Any]) -> CheckpointRef:
+    score = manifest["score"]
+    return CheckpointRef(
+        folder,
+        manifest["step"],
+        manifest["reason"],
+        None if score is None else _score(score),
+        _place(folder.name)[1],
+    )
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The checked manifest of a checkpoint.
+
+    Raises:
+        RunFolderError: there is none, it is not what was written, or it is of another version.
+    """
+    file = folder / MANIFEST
+    try:
+        manifest = parse_json(file.read_bytes())
+        signature = manifest.pop("manifest_sha256")
+        if signature != _digest(manifest):
+            raise ValueError("its own sha256 is another")
+        known = manifest["format"] == _FORMAT
+    except FileNotFoundError:
+        raise RunFolderError(f"{folder} has no {MANIFEST}: it was not written to its end") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+        raise RunFolderError(f"{file} is damaged ({type(err).__name__}: {err})") from err
+    if not known:
+        raise RunFolderError(
+            f"{file} has format {manifest['format']!r}; this version reads {_FORMAT}: use the version that wrote it"
+        )
+    if not _well_formed(manifest):
+        raise RunFolderError(f"{file} is no manifest of a checkpoint: use another one")
+    return manifest
+
+
+def _well_formed(manifest: Mapping[str, Any]) -> bool:
+    """Whether every entry has its type; a file of the checkpoint is a plain name, never a path."""
+    kinds = {"step": int, "reason": str, "world": int, "facts": dict, "files": dict}
+    if (
+        not all(isinstance(manifest.get(name), kind) for name, kind in kinds.items())
+        or "score" not in manifest
+    ):
+        return False
+    score = manifest["score"]
+    try:
+        if score is not None:
+            _score(score)
+    except (ValueError, TypeError, OverflowError):
+        return False
+    return all(
+        "/" not in name
+        and "\\" not in name
+        and name not in (".", "..")
+        and isinstance(described, dict)
+        and isinstance(described.get("size"), int)
+        and isinstance(described.get("sha256"), str)
+        for name, described in manifest["files"].items()
+    )
+
+
+def _score(written: Any) -> tuple[float, float]:
+    top1, loss = written
+    return float.fromhex(top1), float.fromhex(loss)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _problem(err: Exception) -> _Problem:
+    if isinstance(err, OSError):
+        return err.errno or 0, f"{err.strerror}: {err.filename}" if err.filename else str(err.strerror or err)
+    return 0, str(err)
