@@ -102,6 +102,7 @@ FROZEN: dict[str, Any] = {
     "method.concept_contrast": 1.0,
     "method.bottleneck_penalty": 0.005,
     "method.concept_start_epoch": 0,
+    "method.contrast_warm_up": "auto",
     "method.concept_source": "patches",
     "method.patches": 9,
     "method.patch_side": None,

@@ -56,6 +56,7 @@ SETTINGS: dict[str, Settings] = {
     "concept_tuning": ConceptTuningSettings(
         image_contrast=0.1,
         concept_contrast=0.1,
+        contrast_warm_up=0.0,  # every term from the first step on
         queue_rows=4,
         bottleneck=32,
         transport_rounds=5,

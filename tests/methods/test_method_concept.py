@@ -312,6 +312,39 @@ def test_slots_share_statistics_or_have_their_own() -> None:
         assert not torch.allclose(slots, embed_patches(cnn, head, patches, "joint"))
 
 
+def test_contrasts_of_a_short_run_begin_with_a_fresh_copy_and_empty_queues() -> None:
+    method = concept("cnn", contrast_warm_up="auto").train()
+    batch, steps, followed = (
+        make_batch(8, 4, seed=1),
+        6,
+        [*method._followed().values()],
+    )  # a fifth of 6 is in step 2
+    contrasts = {"image_contrast", "concept_contrast"}
+    for step in range(4):
+        with torch.no_grad():
+            for network in followed:
+                for p in network.parameters():
+                    p.add_(0.01)
+        where = at(step, steps=steps)
+        method.before_step(where)
+        query = [p for network in followed for p in network.parameters()]
+        same = [torch.equal(key, p) for key, p in zip(method.key.parameters(), query, strict=True)]
+        terms, run = terms_of(method, batch, where)
+        if step < 2:
+            assert not any(same) and not contrasts & set(terms) and not method.pushed(run)
+            continue
+        assert all(same) if step == 2 else not any(same)  # copied once, then followed slowly
+        assert contrasts <= set(terms) and set(method.pushed(run)) == {"image", "patches"}
+    assert [len(queue) for queue in method.queues.values()] == [0, 0]
+
+
+def test_runs_of_published_length_have_no_warm_up_and_a_share_given_holds_for_all() -> None:
+    automatic = concept("cnn", contrast_warm_up="auto")
+    assert [automatic.warm_up_steps(n) for n in (1, 100, 9_999, 10_000, 20_000)] == [1, 20, 2_000, 0, 0]
+    assert [concept("cnn", contrast_warm_up=0.0).warm_up_steps(n) for n in (100, 20_000)] == [0, 0]
+    assert [concept("cnn", contrast_warm_up=0.5).warm_up_steps(n) for n in (100, 20_000)] == [50, 10_000]
+
+
 # ---------------------------------------------------------------- queues and draws
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,11 @@ class ConceptTuningSettings(Settings):
         default=0,
         ge=0,
         description="first epoch with concept patches; 0 as published, 1 spares crops chosen by a random head",
+    )
+    contrast_warm_up: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field(
+        default="auto",
+        description="share of the run before both contrasts begin, their key network then being a fresh copy; 0 as "
+        "published; auto: 0.2 in runs below 10,000 steps, the length of the published ones, else 0",
     )
     contrast_temperature: float = Field(
         default=0.07, ge=1e-3, description="T of the contrast with queued keys"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -29,6 +30,9 @@ _log = logging.getLogger(__name__)
 
 # Above so many classes the space of the logits is wide: queues grow with C squared.
 _WIDEST_LOGITS = 400
+# The published runs take 10,000 and 20,000 steps; shorter ones are over before the keys have left the random head.
+_SHORTEST_PUBLISHED = 10_000
+_SHORT_RUN_WARM_UP = 0.2
 _CHOICES = ("cls", "fd", "avg")
 # Streams of their own: no other random draw of the run moves them, and they move none.
 _SEEDS = {"pick": 0xC0C1, "noise": 0xC0C2, "queue": 0xC0C3}
@@ -52,6 +56,8 @@ class ConceptTuning(Method):
     Sinkhorn rounds are a fixed number; patches share one forward (``patch_bn="per_slot"``: as the code);
     the head that is unused on patches and keys is not run; which head predicts is fixed or chosen on validation,
     not on test. No patch is cut before ``concept_start_epoch``, where the code computes them for a weight of 0.
+    In a run below 10,000 steps the contrasts begin after a fifth of it, with a fresh copy as key network and empty
+    queues (``contrast_warm_up=0``: as the code).
     """
 
     Config: ClassVar[type[BaseModel]] = ConceptTuningSettings
@@ -203,6 +209,13 @@ class ConceptTuning(Method):
         device = self.head.weight.device
         self._draws = self._generators(context.seed, device)
         self._queues = self._empty_queues(device)
+        if steps := self.warm_up_steps(context.total_steps):
+            _log.info(
+                "concept_tuning: the contrasts begin at step %d of %d, with keys of a head that has learnt "
+                "(method.contrast_warm_up)",
+                steps,
+                context.total_steps,
+            )
         if self.settings.random_init_queue:
             self._fill_with_random_keys(context.seed)
 
@@ -218,9 +231,26 @@ class ConceptTuning(Method):
                 labels = torch.full((rows,), label, device=device)
                 queue.push(fields, labels, torch.full_like(labels, -1))
 
+    def warm_up_steps(self, total_steps: int) -> int:
+        """Steps before the contrasts begin.
+
+        The contrast in the space of the logits holds each direction ``norm(y0)`` at keys that a random head made, with
+        a gradient that grows as 1 / ||y0||. Cross-entropy answers by keeping ||y0|| small while the direction is
+        wrong, so the contrast stays the stronger one until the key network has left its start, 1 / (1 - m) steps
+        later. Keys of a head that has learnt first do not hold it anywhere.
+        """
+        share = self.settings.contrast_warm_up
+        if share == "auto":
+            share = _SHORT_RUN_WARM_UP if total_steps < _SHORTEST_PUBLISHED else 0.0
+        return math.ceil(share * total_steps)
+
     @torch.no_grad()
     def before_step(self, at: At) -> None:
-        self.key.follow(self._followed(), self.settings.key_momentum)
+        begin = self.warm_up_steps(at.total_steps)
+        if at.step > begin or begin == 0:
+            self.key.follow(self._followed(), self.settings.key_momentum)
+        elif at.step == begin:  # nothing has read the key network so far
+            self.key.copy_from(self._followed())
 
     def additions(self, run: Forward, at: At) -> dict[str, Tensor]:
         own, self._keys = self.settings, {}
@@ -230,6 +260,8 @@ class ConceptTuning(Method):
             "front_door": batch_cross_entropy(answer.logits, run.targets, self.label_smoothing),
             "bottleneck": own.bottleneck_penalty * bottleneck_divergence(answer, run.valid, own.kl),
         }
+        if at.step < self.warm_up_steps(at.total_steps):
+            return terms
         if "images" in self._queues:
             terms["image_contrast"] = own.image_contrast * self._image_contrast(run)
         if at.epoch >= own.concept_start_epoch and own.concept_contrast > 0:
@@ -354,7 +386,7 @@ class ConceptTuning(Method):
         for output, batch in zip(outputs, batches, strict=True):
             for queue in self._queues.values():
                 rows = {field: output.push[field] for field in queue.spec.fields if field in output.push}
-                if rows:  # no patches before their first epoch
+                if rows:  # none during the warm-up, no patches before their first epoch
                     queue.push(rows, batch.labels, batch.ids)
 
     # ---------------------------------------------------------------- inference
