@@ -234,13 +234,12 @@ class ConceptTuning(Method):
     def warm_up_steps(self, total_steps: int) -> int:
         """Steps before the contrasts begin.
 
-        The contrast in the space of the logits holds each direction ``norm(y0)`` at keys that a random head made, with
-        a gradient that grows as 1 / ||y0||. Cross-entropy answers by keeping ||y0|| small while the direction is
-        wrong, so the contrast stays the stronger one until the key network has left its start, 1 / (1 - m) steps
-        later. Keys of a head that has learnt first do not hold it anywhere.
+        In the space of the logits the contrast holds each direction ``norm(y0)`` at keys that a random head made, with
+        a gradient that grows as 1 / ||y0||: several times that of cross-entropy over the first tens of steps. Keys of
+        a head that has learnt do not hold it. Figures: README.md beside this file.
         """
         share = self.settings.contrast_warm_up
-        if share == "auto":
+        if isinstance(share, str):  # auto
             share = _SHORT_RUN_WARM_UP if total_steps < _SHORTEST_PUBLISHED else 0.0
         return math.ceil(share * total_steps)
 
