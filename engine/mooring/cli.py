@@ -640,6 +640,61 @@ def preflight(
     _check_hosts(request, config)
 
 
+@app.command(cls=_TrainCommand)
+def plan(
+    arguments: _Arguments = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each.")] = 8,
+    gpu_memory: Annotated[float, typer.Option(min=0.1, help="GB of one GPU.")] = 80.0,
+    classes: Annotated[int, typer.Option(min=2, help="Classes of the new task.")] = 1000,
+    bank: Annotated[
+        str, typer.Option(metavar="private | gathered | sharded", help="How ranks share feature banks.")
+    ] = "private",
+    matmul_tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="What one GPU achieves. \\[default: 400, or 100 in fp32]")
+    ] = None,
+    memory_gbs: Annotated[float, typer.Option(min=0.1, help="GB/s of its memory.")] = 2400.0,
+    link_gbs: Annotated[float, typer.Option(min=0.001, help="GB/s a GPU sends between nodes.")] = 40.0,
+    node_link_gbs: Annotated[float, typer.Option(min=0.001, help="GB/s a GPU sends inside a node.")] = 200.0,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Take matmul and memory rates from this machine, now.")
+    ] = False,
+) -> None:
+    """Predict memory, traffic and time on machines one does not have yet; needs no data, weights or GPU."""
+    from mooring.config.load import load_config
+
+    if bank not in ("private", "gathered", "sharded"):
+        raise ConfigError(f"--bank: expected private, gathered or sharded, got {bank}")
+    recipe, overrides = _recipe_and_overrides(arguments or [])
+    try:
+        config = load_config(recipe, overrides)
+    except ConfigError:  # perhaps for the data alone, which a plan does not need
+        config = load_config(recipe, [*overrides, "data=photos"])
+
+    from mooring.capacity.prediction import Cluster, Predictor, advise
+    from mooring.capacity.rates import Rates, measured
+    from mooring.capacity.tables import plan_tables
+
+    precision = "fp32" if config.train.precision == "fp32" else "bf16"
+    matmul, memory = (matmul_tflops or (100.0 if precision == "fp32" else 400.0)) * 1e12, memory_gbs * 1e9
+    if measure:
+        import torch
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        matmul, memory = measured(device, torch.float32 if precision == "fp32" else torch.bfloat16)
+    predictor = Predictor(
+        config,
+        classes,
+        precision=precision,
+        rates=Rates(matmul=matmul, memory=memory, link=link_gbs * 1e9, node_link=node_link_gbs * 1e9),
+        bank=bank,
+    )
+    cluster = Cluster(nodes, gpus_per_node, gpu_memory * 1e9)
+    console = _stdout()
+    for part in plan_tables(predictor, cluster, advise(predictor, cluster)):
+        console.print(part, soft_wrap=isinstance(part, str))
+
+
 @app.command(name="eval")
 def evaluate(
     # readable=False, here and below: the message about a path is ours, where it is used

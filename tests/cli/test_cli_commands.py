@@ -42,6 +42,10 @@ OPTIONS = {
         "--dry-run", "--help",
     },
     ("preflight",): {"--hostfile", "--torchrun", "--master-addr", "--master-port", "--env", "--help"},
+    ("plan",): {
+        "--nodes", "--gpus-per-node", "--gpu-memory", "--classes", "--bank", "--matmul-tflops", "--memory-gbs",
+        "--link-gbs", "--node-link-gbs", "--measure", "--help",
+    },
     ("eval",): {"--data", "--split", "--help"},
     ("predict",): {"--top", "--out", "--overwrite", "--help"},
     ("info",): {"--keys", "--help"},

@@ -24,7 +24,9 @@ ALLOWED: dict[str, set[str]] = {
     "train": _GROUND | {"config", "data", "models", "state", "report", "methods"},
     "comparison": _GROUND | {"config", "data", "report", "methods", "train"},
     "advice": _GROUND | {"config", "data", "models", "report", "methods", "train", "comparison"},
+    "capacity": _GROUND | {"config", "data", "models", "methods"},
     "cli": _GROUND
+    | {"capacity"}
     | {"config", "data", "models", "state", "report", "methods", "train", "launch", "comparison", "advice"},
 }
 MAY_USE_KERNELS = {"methods", "models", "train", "cli", "report"}

@@ -1,0 +1,158 @@
+"""Where ZeRO puts parameters, gradients and optimizer state, and what it sends for that. Pure arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+from mooring.capacity.step import Sizes
+
+Stage = Literal[0, 1, 2, 3]
+STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
+# DeepSpeed's defaults, in elements: gradients wait in buckets of this size, two of them where communication
+# overlaps; ZeRO-3 keeps up to so many gathered parameters.
+BUCKET = 500_000_000
+LIVE = 1_000_000_000
+_DDP_BUCKET_BYTES = 25 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """Bytes per element.
+
+    Attributes:
+        parameter: of the weights that compute.
+        gradient: of their gradients.
+        optimizer: of everything the optimizer keeps, fp32 master weights included where there are any.
+    """
+
+    parameter: int
+    gradient: int
+    optimizer: int
+
+
+def numbers(precision: str, optimizer: str, stage: Stage, *, momentum: bool = True) -> Numbers:
+    """What an element takes.
+
+    Args:
+        precision: ``fp32`` or ``bf16``. In bf16 the weights stay fp32 under autocast at stage 0; DeepSpeed's
+            stages keep bf16 weights and gradients, and fp32 master weights with the optimizer.
+        optimizer: ``sgd`` keeps one moment, the others two.
+        stage: of ZeRO.
+        momentum: whether sgd has any.
+    """
+    moments = (4 if momentum else 0) if optimizer == "sgd" else 8
+    if precision == "bf16" and stage > 0:
+        return Numbers(parameter=2, gradient=2, optimizer=4 + moments)
+    return Numbers(parameter=4, gradient=4, optimizer=moments)
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """Bytes on one rank between steps, and of the buffers that communication needs."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    buffers: float
+
+    @property
+    def total(self) -> float:
+        return self.parameters + self.gradients + self.optimizer + self.buffers
+
+
+def states(sizes: Sizes, each: Numbers, stage: Stage, world: int) -> States:
+    """Model states of one rank, after Rajbhandari et al., "ZeRO", SC 2020, section 5, with DeepSpeed's buffers."""
+    trained, still = sizes.trainable, sizes.parameters - sizes.trainable
+    shard = world if stage > 0 else 1
+    parameters = (trained / world if stage == 3 else trained) * each.parameter + still * each.parameter
+    gradients = (trained / world if stage >= 2 else trained) * each.gradient
+    buffers = 0.0
+    if world > 1 and stage == 0:
+        buffers = 0.0  # DDP's buckets are the gradients themselves
+    elif stage in (1, 2):
+        buffers = 2 * min(trained, BUCKET) * each.gradient
+    elif stage == 3:
+        buffers = min(trained, LIVE) * each.parameter + min(trained, BUCKET) * each.gradient
+    return States(parameters, gradients, trained * each.optimizer / shard, buffers)
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes that one rank sends in one optimizer step, by ring collectives, and how many collectives there are.
+
+    Attributes:
+        gradients: reduced.
+        parameters: gathered.
+        banks: rows or statistics of the feature banks.
+        backward_collectives: those that run beside the backward.
+        other_collectives: those that are waited for.
+    """
+
+    gradients: float
+    parameters: float
+    banks: float
+    backward_collectives: int
+    other_collectives: int
+
+    @property
+    def total(self) -> float:
+        return self.gradients + self.parameters + self.banks
+
+
+def traffic(
+    sizes: Sizes,
+    each: Numbers,
+    stage: Stage,
+    world: int,
+    *,
+    accumulate: int,
+    bank: float,
+) -> Traffic:
+    """What a step sends.
+
+    An all-reduce of n bytes sends 2 n (W - 1) / W from every rank, a gather or a reduce-scatter half of that.
+    Stage 0 reduces once a step; stage 1 too, and gathers the updated weights; stage 2 reduces in every
+    micro-batch; stage 3 gathers in every forward and every backward as well.
+    """
+    if world == 1:
+        return Traffic(0.0, 0.0, 0.0, 0, 0)
+    share = (world - 1) / world
+    gradients = share * sizes.trainable * each.gradient
+    parameters = share * sizes.trainable * each.parameter
+    buckets = max(1, ceil(sizes.trainable / BUCKET))
+    match stage:
+        case 0:
+            small = max(1, ceil(sizes.trainable * each.gradient / _DDP_BUCKET_BYTES))
+            return Traffic(2 * gradients, 0.0, bank, small, 0)
+        case 1:
+            return Traffic(gradients, parameters, bank, buckets, buckets)
+        case 2:
+            return Traffic(accumulate * gradients, parameters, bank, accumulate * buckets, buckets)
+        case _:
+            blocks = accumulate * sizes.block_count
+            return Traffic(accumulate * gradients, 2 * accumulate * parameters, bank, 2 * blocks, blocks)
+
+
+def bank_traffic(sizes: Sizes, mode: str, world: int, rows: int, statistics: int) -> float:
+    """Bytes that one rank sends for its banks in a step.
+
+    Args:
+        sizes: of the method.
+        mode: ``private``: nothing; ``gathered``: every rank gets all new rows; ``sharded``: class statistics and
+            log-sum-exps are summed.
+        world: ranks.
+        rows: new rows of one rank.
+        statistics: bytes that are summed where the bank is sharded.
+    """
+    if world == 1 or not sizes.banks or mode == "private":
+        return 0.0
+    if mode == "gathered":
+        return (world - 1) * rows * sizes.bank_row
+    return 2 * (world - 1) / world * statistics
+
+
+def bank_bytes(sizes: Sizes, mode: str, world: int) -> float:
+    """Bytes of the banks on one rank."""
+    return sizes.banks / world if mode == "sharded" else sizes.banks

@@ -1,0 +1,74 @@
+"""A plan as tables for a terminal."""
+
+from __future__ import annotations
+
+from rich.markup import escape
+from rich.table import Table
+
+from mooring.capacity.partition import STAGES
+from mooring.capacity.prediction import Advice, Cluster, Prediction, Predictor
+from mooring.config.method_settings import method_title
+
+GIGABYTE = 1e9
+
+
+def plan_tables(predictor: Predictor, cluster: Cluster, advice: Advice) -> list[Table | str]:
+    """Memory, traffic and time of every stage, and the recommendation. All of it predicted."""
+    config, sizes = predictor.config, predictor.sizes
+    work, title = predictor.workload(), method_title(config.method)
+    again = (
+        f"{predictor.workload(checkpointing=True).activations.each / 1e6:.1f} with checkpointing"
+        if predictor.can_checkpoint
+        else "no activation checkpointing for this architecture"
+    )
+    lines: list[Table | str] = [
+        f"{escape(title)} on {escape(config.model.name)}: {sizes.parameters / 1e6:.1f} M parameters, "
+        f"{work.flops.at(1) / 1e9:.1f} GFLOP an image, {work.activations.each / 1e6:.1f} MB of activations an "
+        f"image ({again})"
+    ]
+    if work.step_of != title:
+        lines.append(
+            f"[yellow]note[/] the step of {escape(title)} cannot be traced: activations, work and time below are "
+            "those of plain fine-tuning, and what the method adds is missing"
+        )
+    table = Table(
+        "ZeRO", "ckpt", "model", "act.", "frozen", "banks", "all", "fits", "sent", "ms", "images/s", "waits",
+        title=f"predicted for each of {cluster.world} GPUs, {predictor.precision}, in GB",
+        caption="ckpt: activation checkpointing; sent: by one GPU in a step; waits: share of the step on the network",
+    )  # fmt: skip
+    for stage in STAGES if cluster.world > 1 else STAGES[:1]:
+        _add(table, predictor.predict(cluster, stage), cluster)
+        if predictor.can_checkpoint:
+            _add(table, predictor.predict(cluster, stage, checkpointing=True), cluster)
+    lines.append(table)
+    if advice.chosen is not None:
+        way = advice.chosen
+        again = " backend.activation_checkpointing=true" if way.checkpointing else ""
+        lines.append(
+            f"recommended: [bold]ZeRO {way.stage}, train.batch_size={way.batch} train.accumulate={way.accumulate}"
+            f"{again}[/] on {way.world} GPUs: {way.memory / GIGABYTE:.1f} GB, {1e3 * way.step_seconds:.0f} ms a "
+            f"step, {way.images_per_second:.0f} images/s"
+        )
+    lines += [f"- {escape(reason)}" for reason in advice.reasons]
+    rates = predictor.rates
+    lines.append(
+        f"predicted, not measured, from {rates.matmul / 1e12:.3g} TFLOP/s, {rates.memory / 1e9:.3g} GB/s of memory, "
+        f"{rates.link / 1e9:.3g} GB/s between nodes and {rates.node_link / 1e9:.3g} inside one"
+    )
+    return lines
+
+
+def _add(table: Table, way: Prediction, cluster: Cluster) -> None:
+    fits = way.fits(cluster)
+    gigabytes = (way.model.total, way.activations, way.constants, way.banks, way.memory)
+    table.add_row(
+        f"{way.stage}",
+        "yes" if way.checkpointing else "",
+        *(f"{value / GIGABYTE:.2f}" for value in gigabytes),
+        "yes" if fits else "no",
+        f"{way.sent.total / GIGABYTE:.2f}",
+        f"{1e3 * way.step_seconds:.0f}",
+        f"{way.images_per_second:.0f}",
+        f"{way.seconds['communication'] / way.step_seconds:.0%}",
+        style=None if fits else "red",
+    )
