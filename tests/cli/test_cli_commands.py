@@ -85,6 +85,7 @@ def test_commands_are_frozen() -> None:
         "recommend",
         "launch",
         "preflight",
+        "plan",
         "eval",
         "predict",
         "info",
