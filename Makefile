@@ -11,7 +11,10 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' 2>/dev/nu
 # `make gpu` runs where nothing can be installed: the Python that has the CUDA build of torch.
 GPU_PYTHON ?= $(PYTHON)
 
-.PHONY: setup demo demo-long test test-full fuzz lint format bench gpu clean
+# As root on Debian or Ubuntu: what the tests with two nodes on one machine need; without it they are skipped.
+NODE_PACKAGES := openssh-server openssh-client iproute2 pdsh numactl
+
+.PHONY: setup two-nodes demo demo-long test test-full fuzz lint format bench gpu clean
 
 setup: $(VENV)/.built
 
@@ -24,6 +27,10 @@ $(VENV)/.requirements: requirements.txt requirements-no-deps.txt
 $(VENV)/.built: $(VENV)/.requirements $(SOURCES)
 	$(PIP) install --quiet --no-build-isolation --no-deps -e .
 	touch $@
+
+two-nodes:
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(NODE_PACKAGES)
 
 demo: setup
 	$(PY) demo/fetch.py
