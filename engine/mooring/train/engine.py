@@ -342,6 +342,7 @@ class Engine:
         """
         checkpoint.restore_engine(self, state)
         self._ready = True
+        self.method.train()  # a method decides itself what of it trains: a new module does not know that yet
 
     def open_checkpoints(self, run: Path) -> Checkpoints:
         """The checkpoints that this engine writes, in the run folder; the same ones at every call."""
@@ -389,6 +390,7 @@ class Engine:
             allow_inexact = self.config.allow_inexact
         found = checkpoint.resume(self, ref, allow_inexact=allow_inexact)
         self._ready = self.is_resumed = True
+        self.method.train()  # as after the set-up, which a resumed run does not do again
         return found
 
     # ---------------------------------------------------------------- the whole run
