@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -85,6 +85,55 @@ class Ranks:
         total = torch.tensor([int(flag)])
         dist.all_reduce(total, group=self.group)
         return bool(total.item())
+
+    def agree(self, problem: Exception | None) -> None:
+        """Raises on every rank where at least one brings a problem: its own, or what the first such rank said.
+
+        Raises:
+            Exception: this rank's problem.
+            DistributedError: another rank's, in words.
+        """
+        said = self.gather(None if problem is None else f"{type(problem).__name__}: {problem}")
+        if problem is not None:
+            raise problem
+        for rank, text in enumerate(said):
+            if text is not None:
+                raise DistributedError(f"rank {rank} stopped: {text}")
+
+    def on_first(self, function: Callable[[], _T]) -> _T:
+        """What the function returns on rank 0, on every rank; no other rank calls it.
+
+        Raises:
+            Exception: what it raised, on rank 0.
+            DistributedError: the same in words, elsewhere.
+        """
+        result: list[_T] = []
+        problem: Exception | None = None
+        if self.is_first:
+            try:
+                result.append(function())
+            except Exception as err:
+                problem = err
+        self.agree(problem)
+        return self.broadcast(result[0] if result else None)  # type: ignore[return-value]
+
+    def node_by_node(self, function: Callable[[], _T]) -> _T:
+        """What the function returns here; the first rank of each node runs it before the others begin.
+
+        For what leaves a file behind that the others then find.
+        """
+        if self.world == 1:
+            return function()
+        result: list[_T] = []
+        for turn in (True, False):
+            problem: Exception | None = None
+            if (self.local_rank == 0) == turn:
+                try:
+                    result.append(function())
+                except Exception as err:
+                    problem = err
+            self.agree(problem)
+        return result[0]
 
     def all_reduce_(self, tensor: Tensor, op: Literal["sum", "max", "min"] = "sum") -> Tensor:
         """Replaces the tensor by its sum (maximum, minimum) over the ranks, in place, and returns it.

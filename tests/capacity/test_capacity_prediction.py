@@ -104,7 +104,7 @@ def predictor(*, activations: float = 10 * M, rates: Rates | None = None, **sett
 
 def test_more_machines_more_images_and_less_each() -> None:
     found = predictor()
-    worlds = [found.predict(Cluster(nodes, 8, 80e9), 1) for nodes in (1, 2, 16, 128)]
+    worlds = [found.predict(Cluster(nodes, 8, 80e9), 1, batch=32) for nodes in (1, 2, 16, 128)]
     rates = [way.images_per_second for way in worlds]
     assert rates == sorted(rates)
     each = [way.images_per_second / way.world for way in worlds]
@@ -113,14 +113,14 @@ def test_more_machines_more_images_and_less_each() -> None:
 
 
 def test_what_fits_as_configured_stays_as_configured() -> None:
-    advice = advise(predictor(), Cluster(1, 8, 80e9))
+    advice = advise(predictor(**{"train.batch_size": 256}), Cluster(1, 8, 80e9))
     assert advice.chosen is not None
     assert (advice.chosen.batch, advice.chosen.accumulate, advice.chosen.checkpointing) == (32, 1, False)
 
 
 def test_memory_decides() -> None:
     """Each cluster one sort of relief smaller than the one before."""
-    found = predictor()
+    found = predictor(**{"train.batch_size": 256})
     ways = [advise(found, Cluster(1, 8, size)).chosen for size in (600e6, 300e6, 180e6)]
     assert all(way is not None for way in ways)
     assert [way.accumulate > 1 or way.checkpointing for way in ways if way] == [False, True, True]

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+# the small encoders and batches of the method tests
+sys.path.insert(0, str(Path(__file__).parent.parent / "methods"))
+
 from ranks import RankPool, rank_pool
 
 

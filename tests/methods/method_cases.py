@@ -32,6 +32,7 @@ from mooring.config.method_settings import (
 from mooring.config.soft_settings import SoftFineTuningSettings
 from mooring.config.tes_settings import TeSSettings
 from mooring.data.batch import Batch, named_views
+from mooring.distributed import ALONE, Ranks
 from mooring.methods.base import At, Method, Resources, SetupContext
 from mooring.methods.registry import build_method
 from mooring.models.head import build_head
@@ -131,7 +132,9 @@ def at(step: int, *, steps: int = 20, micro: int = 0, micros: int = 1) -> At:
     return At(step=step, epoch=0, steps_per_epoch=steps, total_steps=steps, micro=micro, micros=micros)
 
 
-def make_method(name: str, kind: str = "cnn", classes: int = 4, **changes: object) -> Method:
+def make_method(
+    name: str, kind: str = "cnn", classes: int = 4, *, ranks: Ranks = ALONE, **changes: object
+) -> Method:
     encoder = small_encoder(kind)
     torch.manual_seed(1)
     head = build_head(encoder.num_features, classes)
@@ -140,6 +143,7 @@ def make_method(name: str, kind: str = "cnn", classes: int = 4, **changes: objec
         text_features=torch.randn(classes, 12, generator=torch.Generator().manual_seed(5)),
         source_head=build_head(encoder.num_features, SOURCE_CLASSES, std=0.1),
         image_size=32,
+        ranks=ranks,
     )
     return build_method(SETTINGS[name].model_copy(update=changes), encoder, head, resources=resources)
 

@@ -162,8 +162,8 @@ def _in_step(engine: Engine, act: Callable[[], None], at: int, micro: int) -> No
     """Acts in the backward of one micro-batch of one step."""
     backward, seen = engine.backend.backward, {"micro": 0}
 
-    def acting(loss: torch.Tensor) -> None:
-        backward(loss)
+    def acting(loss: torch.Tensor, *, last: bool) -> None:
+        backward(loss, last=last)
         if engine.global_step == at:
             if seen["micro"] == micro:
                 act()

@@ -168,9 +168,10 @@ class Predictor:
         accumulate: int | None = None,
         checkpointing: bool = False,
     ) -> Prediction:
-        """One step of the run on a cluster; batch and accumulation are the run's own unless given."""
+        """One step of the run on a cluster; ``batch``, images of a micro-batch on one GPU, and accumulation are the
+        run's own unless given: ``train.batch_size`` shared among all GPUs."""
         train, optimizer = self.config.train, self.config.optimizer
-        batch, accumulate = batch or train.batch_size, accumulate or train.accumulate
+        batch, accumulate = batch or -(-train.batch_size // cluster.world), accumulate or train.accumulate
         work, world = self.workload(checkpointing=checkpointing), cluster.world
         each = numbers(self.precision, optimizer.name, stage, momentum=optimizer.momentum > 0)
         model = states(self.sizes, each, stage, world)
@@ -283,7 +284,7 @@ def advise(predictor: Predictor, cluster: Cluster) -> Advice:
     change. Of ways within 2 % of the fastest, the simplest is taken: low stage, no checkpointing, few micro-batches.
     """
     train = predictor.config.train
-    images = train.batch_size * train.accumulate
+    images = -(-train.batch_size * train.accumulate // cluster.world)  # of one GPU
     splits = [count for count in range(1, images + 1) if images % count == 0 and images // count <= 4096]
     fitting: list[Prediction] = []
     reasons: list[str] = []
@@ -322,8 +323,8 @@ def advise(predictor: Predictor, cluster: Cluster) -> Advice:
     )
     if chosen.accumulate != train.accumulate:
         reasons.append(
-            f"the {images} images of a step go through in {chosen.accumulate} micro-batches of {chosen.batch}, "
-            f"not {train.accumulate} of {train.batch_size}"
+            f"the {images} images of a GPU and step go through in {chosen.accumulate} micro-batches of {chosen.batch}, "
+            f"not {train.accumulate} of {plain.batch}"
         )
     share = chosen.seconds["communication"] / chosen.step_seconds
     if share > 0.2:

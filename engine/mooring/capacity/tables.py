@@ -44,8 +44,9 @@ def plan_tables(predictor: Predictor, cluster: Cluster, advice: Advice) -> list[
     if advice.chosen is not None:
         way = advice.chosen
         again = " backend.activation_checkpointing=true" if way.checkpointing else ""
+        batch = way.batch * way.world
         lines.append(
-            f"recommended: [bold]ZeRO {way.stage}, train.batch_size={way.batch} train.accumulate={way.accumulate}"
+            f"recommended: [bold]ZeRO {way.stage}, train.batch_size={batch} train.accumulate={way.accumulate}"
             f"{again}[/] on {way.world} GPUs: {way.memory / GIGABYTE:.1f} GB, {1e3 * way.step_seconds:.0f} ms a "
             f"step, {way.images_per_second:.0f} images/s"
         )

@@ -53,6 +53,11 @@ class DRTuneSettings(Settings):
     bank_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="storage of the bank's rows"
     )
+    bank_scope: Literal["gathered", "sharded", "private"] = Field(
+        default="gathered",
+        description="with several processes; gathered: rows of all, the same bank on each; sharded: rows of all, each "
+        "process holds and scores its part; private: each process keeps K rows of its own",
+    )
     rotation: Literal["cached", "every_step", "skip", "off"] = Field(
         default="cached",
         description="cached: refresh every rotation_period steps, apply always; every_step: T=1, as the "
@@ -94,6 +99,10 @@ class DRTuneSettings(Settings):
             raise ValueError(
                 f"rotation_solver={self.rotation_solver} needs rotation_ridge > 0 and rotation_det_fix=false; "
                 "take rotation_solver=svd"
+            )
+        if self.bank_scope == "sharded" and (self.calibration == "paper" or not self.translation):
+            raise ValueError(
+                "bank_scope=sharded is for calibration=code with translation: take bank_scope=gathered"
             )
         return self
 

@@ -136,7 +136,11 @@ class TrainSettings(Settings):
     """Length, batch, resolution, precision and regularisation of the training loop."""
 
     epochs: int = Field(default=20, ge=1, le=100_000, description="passes over the training images")
-    batch_size: int = Field(default=32, ge=1, description="images per step and process, before accumulation")
+    batch_size: int = Field(
+        default=32,
+        ge=1,
+        description="images per step before accumulation, of all processes together; each takes an equal share",
+    )
     accumulate: int = Field(default=1, ge=1, description="micro-batches per optimizer step")
     image_size: int | None = Field(
         default=None, ge=16, le=4096, description="training resolution; none: the model's own"
@@ -153,6 +157,11 @@ class TrainSettings(Settings):
         description="auto: what the method is defined with, else frozen; frozen: keep the pretrained "
         "statistics, best on small data and small batches; "
         "train: batch statistics, as most papers do",
+    )
+    sync_batchnorm: bool = Field(
+        default=True,
+        description="with several processes, batch statistics are those of all their images together; false: each "
+        "process uses its own, and running statistics are averaged when they are needed",
     )
     clip_grad_norm: float | None = Field(
         default=None, gt=0, description="largest global gradient norm; none: off"
@@ -232,9 +241,36 @@ class ScheduleSettings(Settings):
 
 
 class BackendSettings(Settings):
-    """What runs the optimizer step."""
+    """What runs the optimizer step, and how several processes share the work."""
 
-    name: Literal["auto", "local"] = Field(default="auto", description="auto: local for one process")
+    name: Literal["auto", "local", "ddp", "deepspeed"] = Field(
+        default="auto",
+        description="auto: local for one process, else deepspeed where installed, else ddp (every process holds all)",
+    )
+    zero_stage: int = Field(
+        default=1,
+        ge=0,
+        le=3,
+        description="deepspeed: what is divided among processes; 0: nothing, 1: optimizer state, 2: gradients too, "
+        "3: parameters too",
+    )
+    offload_optimizer: bool = Field(
+        default=False, description="deepspeed: optimizer state in host memory, stepped there"
+    )
+    offload_parameters: bool = Field(
+        default=False, description="deepspeed, zero_stage=3: parameters in host memory until they are needed"
+    )
+    deepspeed_config: Path | None = Field(
+        default=None,
+        strict=False,
+        description="JSON file with further DeepSpeed settings; those that another setting here decides are refused",
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="compute activations again in the backward pass instead of keeping them"
+    )
+    timeout_minutes: float = Field(
+        default=30.0, gt=0, description="how long a process waits for another one before it gives up"
+    )
 
 
 class CheckpointSettings(Settings):

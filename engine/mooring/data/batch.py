@@ -22,6 +22,8 @@ class Batch:
         views: further augmented views of the same images, name -> [B, 3, H, W].
         targets: [B, C] float32 soft targets where images were mixed (mixup, cutmix); padding rows are zero.
         source: images of the task the weights were trained for, with labels of that task; None: none this step.
+        mean_rows: [] float32, valid rows of all ranks' batches of this step over the number of ranks; None: this
+            process is alone.
     """
 
     images: Tensor
@@ -30,6 +32,7 @@ class Batch:
     views: Mapping[str, Tensor] = field(default_factory=dict)
     targets: Tensor | None = None
     source: Batch | None = None
+    mean_rows: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``; copies nothing when it is there already."""
@@ -40,6 +43,7 @@ class Batch:
             {name: view.to(device, non_blocking=True) for name, view in self.views.items()},
             None if self.targets is None else self.targets.to(device, non_blocking=True),
             None if self.source is None else self.source.to(device),
+            None if self.mean_rows is None else self.mean_rows.to(device, non_blocking=True),
         )
 
 

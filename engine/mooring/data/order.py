@@ -28,7 +28,9 @@ class BatchRequest:
 class EpochOrder:
     """The batches of every epoch on one rank.
 
-    All ranks share one order; batch t of rank r is rows ``(t * world + r) * B`` and on of it. Training
+    All ranks share one order; batch t of rank r is rows ``(t * world + r) * B`` and on of it, so that the batches of
+    all ranks, one after the other, are a single process's batch of world times the size. ``interleaved``, batch t
+    of rank r is every world-th row from ``t * world * B + r`` on: the same holds for any part of a batch. Training
     shuffles anew each epoch and by default leaves out the incomplete last batch (BatchNorm would see the
     padding); evaluation keeps the listing order and pads with -1. Either way each rank has the same number
     of batches.
@@ -40,6 +42,7 @@ class EpochOrder:
         shuffle: whether to shuffle.
         drop_last: leave out the incomplete last batch instead of padding it.
         rank, world: this process and how many there are.
+        interleaved: deal the rows out one by one.
 
     Raises:
         DataError: a number is out of range, or no full batch can be made.
@@ -55,6 +58,7 @@ class EpochOrder:
         drop_last: bool,
         rank: int = 0,
         world: int = 1,
+        interleaved: bool = False,
     ) -> None:
         if batch_size < 1 or world < 1 or not 0 <= rank < world:
             raise DataError(
@@ -68,11 +72,11 @@ class EpochOrder:
             processes = f" x {world} processes" if world > 1 else ""
             raise DataError(
                 f"expected at least one full batch; got {count} images for batch size {batch_size}{processes}"
-                f": lower train.batch_size to at most {max(1, count // world)}"
+                f": lower train.batch_size to at most {max(1, count // world) * world}"
             )
         self.count, self.batch_size = count, batch_size
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.interleaved = rank, world, interleaved
         self._batches = count // step if drop_last else -(-count // step)
 
     def __len__(self) -> int:
@@ -83,8 +87,12 @@ class EpochOrder:
         """The batches of one epoch from position ``start`` on."""
         rows = permutation(self.seed, epoch, self.count) if self.shuffle else np.arange(self.count)
         for position in range(start, self._batches):
-            first = (position * self.world + self.rank) * self.batch_size
-            mine = rows[first : first + self.batch_size]
+            if self.interleaved:
+                start_of_all = position * self.world * self.batch_size
+                mine = rows[start_of_all + self.rank :: self.world][: self.batch_size]
+            else:
+                first = (position * self.world + self.rank) * self.batch_size
+                mine = rows[first : first + self.batch_size]
             padding = np.full(self.batch_size - len(mine), -1)
             yield BatchRequest(epoch, position, np.concatenate([mine, padding]).astype(np.int64))
 

@@ -44,6 +44,7 @@ class EpochSource(ABC):
         views: augmentations of further views of each picture, ``view1`` to ``view<n>``, each drawn independently.
         device: where the batches lie.
         drop_last: leave out the incomplete last batch instead of padding it; None: when training.
+        interleaved: how rows are dealt out to ranks, see ``EpochOrder``.
 
     Raises:
         DataError: a number is out of range, or no full batch can be made.
@@ -65,6 +66,7 @@ class EpochSource(ABC):
         views: Sequence[Augmentation] = (),
         device: torch.device | str = "cpu",
         drop_last: bool | None = None,
+        interleaved: bool = False,
     ) -> None:
         if workers < 1:
             raise DataError(f"expected workers >= 1; got {workers}")
@@ -78,6 +80,7 @@ class EpochSource(ABC):
             drop_last=training if drop_last is None else drop_last,
             rank=rank,
             world=world,
+            interleaved=interleaved,
         )
         self._epoch, self._position = 0, 0
         self._stream: BatchStream | None = None
@@ -193,6 +196,7 @@ class EpochSource(ABC):
             drop_last=order.drop_last,
             rank=order.rank,
             world=order.world,
+            interleaved=order.interleaved,
         )
         self._epoch, self._position = epoch, position
 
@@ -207,6 +211,7 @@ class EpochSource(ABC):
             "world": self._order.world,
             "training": self.training,
             "drop_last": self._order.drop_last,
+            "interleaved": self._order.interleaved,
             "views": [view.fingerprint for view in self.views],
         }
 

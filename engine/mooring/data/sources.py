@@ -38,6 +38,7 @@ def make_source(
     views: Sequence[Augmentation] = (),
     device: torch.device | str = "cpu",
     drop_last: bool | None = None,
+    interleaved: bool = False,
 ) -> EpochSource:
     """A source by name; ``auto`` takes DALI where it is installed, else torch. Arguments as ``EpochSource``.
 
@@ -70,4 +71,5 @@ def make_source(
         views=views,
         device=device,
         drop_last=drop_last,
+        interleaved=interleaved,
     )

@@ -9,8 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mooring.collectives import gather_rows
+from mooring.distributed import ALONE, Ranks
 from mooring.methods.base import StateTree
 from mooring_kernels import class_ring_push_, ring_push_
+
+Scope = Literal["gathered", "sharded", "private"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,9 @@ class BankSpec:
         normalise: rows are stored at unit length, ``v / max(norm(v), 1e-12)``; otherwise as they come.
         layout: "fifo", one ring for all rows; "per_class", a ring for each class.
         classes: C with layout "per_class", else 0.
+        scope: whose rows it holds, where several ranks train together. "gathered": those of all ranks, the same bank
+            on each; "sharded": those of all ranks, slot s on rank s modulo world (one ring only); "private": a rank's
+            own. On a single rank they are one thing.
     """
 
     rows: int
@@ -32,6 +39,7 @@ class BankSpec:
     normalise: bool = True
     layout: Literal["fifo", "per_class"] = "fifo"
     classes: int = 0
+    scope: Scope = "gathered"
 
     @property
     def slots(self) -> int:
@@ -71,34 +79,46 @@ class FeatureBank:
     one ring is a host integer, those of a ring per class lie on the device, as the labels that decide them do.
 
     Args:
-        spec: capacity, fields, storage dtype, layout.
+        spec: capacity, fields, storage dtype, layout, scope.
         device: where the rows lie.
+        ranks: those that train together; a push is then an exchange that all of them make.
 
     Raises:
-        ValueError: rows or classes are negative, or classes do not fit the layout.
+        ValueError: rows or classes are negative, or do not fit the layout or the number of ranks.
     """
 
-    def __init__(self, spec: BankSpec, *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, spec: BankSpec, *, device: torch.device | str = "cpu", ranks: Ranks = ALONE) -> None:
         if spec.rows < 0:
             raise ValueError(f"bank rows must be >= 0, got {spec.rows}")
         if (spec.classes < 1) if spec.layout == "per_class" else (spec.classes != 0):
             wanted = ">= 1" if spec.layout == "per_class" else "0"
             raise ValueError(f"bank classes must be {wanted} with layout {spec.layout!r}, got {spec.classes}")
+        if spec.scope == "sharded" and spec.layout == "per_class" and ranks.world > 1:
+            raise ValueError("a bank with a ring per class is gathered or private, not sharded")
+        if spec.scope == "sharded" and spec.rows % ranks.world:
+            raise ValueError(
+                f"a sharded bank's rows must be a multiple of the {ranks.world} ranks; got {spec.rows}: take "
+                f"{-(-spec.rows // ranks.world) * ranks.world}"
+            )
+        # of one rank, all three scopes are private
+        self.ranks = ALONE if spec.scope == "private" else ranks
+        self._parts = ranks.world if spec.scope == "sharded" else 1
         self.spec = spec
+        slots = spec.slots // self._parts
         self._head = 0
         self._filled = 0
         self._fields = {
-            name: torch.zeros(spec.slots, *spec.row_shape(name), dtype=spec.dtype, device=device)
+            name: torch.zeros(slots, *spec.row_shape(name), dtype=spec.dtype, device=device)
             for name in spec.fields
         }
-        self._labels = torch.full((spec.slots,), -1, dtype=torch.int64, device=device)
+        self._labels = torch.full((slots,), -1, dtype=torch.int64, device=device)
         # one more than there are slots: rows that a ring per class skips leave their id there
-        self._all_ids = torch.full((spec.slots + 1,), -1, dtype=torch.int64, device=device)
-        self._ids = self._all_ids[: spec.slots]
+        self._all_ids = torch.full((slots + 1,), -1, dtype=torch.int64, device=device)
+        self._ids = self._all_ids[:slots]
         self._class_heads = torch.zeros(spec.classes, dtype=torch.int64, device=device)
 
     def __len__(self) -> int:
-        """Slots written so far (padding rows count in one ring: they take a slot and stay masked).
+        """Slots written so far, on all ranks (padding rows count in one ring: they take a slot and stay masked).
 
         With a ring per class this number lies on the device and is waited for.
         """
@@ -106,15 +126,18 @@ class FeatureBank:
             return int((self._labels >= 0).sum())
         return self._filled
 
-    def push(self, fields: Mapping[str, Tensor], labels: Tensor, ids: Tensor) -> tuple[int, int]:
+    def push(
+        self, fields: Mapping[str, Tensor], labels: Tensor, ids: Tensor, *, most: int | None = None
+    ) -> tuple[int, int]:
         """Stores the rows at the next slots; the oldest rows fall out. With B > K the newest K stay, of each class
-        with a ring per class.
+        with a ring per class. Of a shared bank: the rows of all ranks, rank after rank, which all push equally many.
 
         Args:
             fields: name -> [B, D] or [B, P, D] rows.
             labels: [B] int64; a row with label -1 takes a slot of the one ring and is masked everywhere; rings per
                 class skip it, and any other label that is no class.
             ids: [B] int64.
+            most: store only so many, the first ones; None: all.
 
         Returns:
             The first slot written and how many, counted round the ring. Rings per class may have written any slot:
@@ -128,6 +151,13 @@ class FeatureBank:
         rows = self.spec.rows
         if rows == 0 or labels.shape[0] == 0:
             return 0, 0
+        if self.ranks.world > 1:
+            fields, labels, ids = self._gathered(fields, labels, ids)
+        if most is not None:
+            fields = {name: values[:most] for name, values in fields.items()}
+            labels, ids = labels[:most], ids[:most]
+        if self._parts > 1:
+            return self._push_own_slots(fields, labels, ids)
         if self.spec.layout == "per_class":
             self._push_by_class(fields, labels, ids)
             return 0, self.spec.slots
@@ -149,6 +179,41 @@ class FeatureBank:
         self._filled = min(rows, self._filled + ids.shape[0])
         return first % rows, batch
 
+    def _gathered(
+        self, fields: Mapping[str, Tensor], labels: Tensor, ids: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The rows of all ranks. In fp32: rounding to bf16 comes after the normalisation, as on a single rank."""
+        sent = {name: fields[name].detach().float() for name in self._fields}
+        every = {name: gather_rows(rows, self.ranks, "bank rows") for name, rows in sent.items()}
+        keys = gather_rows(torch.stack([labels, ids], 1), self.ranks, "bank rows")
+        return every, keys[:, 0].contiguous(), keys[:, 1].contiguous()
+
+    def _push_own_slots(self, fields: Mapping[str, Tensor], labels: Tensor, ids: Tensor) -> tuple[int, int]:
+        """Of the rows of all ranks, those whose slot of the whole ring is this rank's: every world-th."""
+        world, rows = self._parts, self.spec.rows
+        first = (self.ranks.rank - self._head) % world
+        own = slice(first, None, world)
+        count = len(range(first, labels.shape[0], world))
+        slot = (self._head + first) % rows // world
+        self._head = (self._head + labels.shape[0]) % rows
+        self._filled = min(rows, self._filled + labels.shape[0])
+        if count == 0:
+            return slot, 0
+        names, room = list(self._fields), rows // world
+        ring_push_(
+            [self._fields[n] for n in names],
+            self._labels,
+            [fields[n][own].contiguous() for n in names],
+            labels[own].contiguous(),
+            slot,
+            normalise=self.spec.normalise,
+        )
+        kept = min(room, count)
+        begin = slot + count - kept
+        slots = (begin + torch.arange(kept, device=ids.device)) % room
+        self._ids[slots] = torch.where(labels[own] >= 0, ids[own], -1)[-kept:]
+        return begin % room, kept
+
     def _push_by_class(self, fields: Mapping[str, Tensor], labels: Tensor, ids: Tensor) -> None:
         rings = self.spec.classes, self.spec.rows
         slots = class_ring_push_(
@@ -159,7 +224,7 @@ class FeatureBank:
             labels,
             normalise=self.spec.normalise,
         )
-        self._all_ids[torch.where(slots >= 0, slots, self.spec.slots)] = ids
+        self._all_ids[torch.where(slots >= 0, slots, len(self._labels))] = ids
 
     def view(self) -> BankView:
         return BankView(self._fields, self._labels, self._ids)
@@ -169,7 +234,7 @@ class FeatureBank:
 
         Equal banks have equal fingerprints; used to compare ranks without gathering banks.
         """
-        place = torch.arange(1, self.spec.slots + 1, device=self._labels.device)
+        place = torch.arange(1, len(self._labels) + 1, device=self._labels.device)
         keys = ((self._labels + 2) * 1_000_003 + self._ids + 2) * place
         bits = torch.zeros((), dtype=torch.int64, device=self._labels.device)
         for rows in self._fields.values():

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from mooring.data.batch import Batch
+from mooring.distributed import ALONE, Ranks
 from mooring.methods.classification import batch_cross_entropy, batch_metrics
 from mooring.methods.forward import Forward
 from mooring.models.batchnorm import FrozenEncoder, frozen_copy
@@ -60,10 +61,10 @@ class SetupContext:
 
     Attributes:
         device: where batches will lie.
-        warm_up: one pass over the training images with the training augmentation, on the device;
-            drawing from it does not disturb the run's own batches.
+        warm_up: one pass over the training images with the training augmentation, on the device; each rank
+            gets its share, in equally many batches. Drawing from it does not disturb the run's own batches.
         train_size: number of training images.
-        batch_size: images per optimizer step on this rank, accumulation included.
+        batch_size: images per optimizer step on all ranks, accumulation included.
         total_steps, steps_per_epoch: optimizer steps.
         autocast: a context factory for the run's precision.
         seed: the run's seed, for generators of the method's own.
@@ -99,7 +100,9 @@ class Resources:
         text_features: [C, d] float32 unit rows, one per class name.
         source_head: the classifier that the pretrained weights came with, D -> C_S.
         image_size: height = width of the training images in pixels.
-        source_batch_size: rows of the source stream in a full batch; None: the method's settings say it.
+        source_batch_size: rows of the source stream in a full batch, of all ranks together; None: the method's
+            settings say it.
+        ranks: those that train this method together.
     """
 
     classes: tuple[str, ...] = ()
@@ -107,6 +110,7 @@ class Resources:
     source_head: nn.Linear | None = None
     image_size: int | None = None
     source_batch_size: int | None = None
+    ranks: Ranks = ALONE
 
 
 @dataclass(slots=True)
@@ -165,6 +169,7 @@ class Method(nn.Module):
         self.settings = settings
         self.label_smoothing = label_smoothing
         self.resources = resources or Resources()
+        self.ranks = self.resources.ranks
         self.requirements = self.needs_of(settings)
         # In a tuple, so that it is no submodule: never wrapped, saved, trained or put in train mode.
         self._frozen: tuple[FrozenEncoder, ...] = ()
@@ -214,6 +219,10 @@ class Method(nn.Module):
             frozen._apply(fn)  # follows .to(device), though it is no submodule
         return self
 
+    def followers(self) -> Sequence[nn.Module]:
+        """Networks beside the trained ones whose BatchNorm may use batch statistics."""
+        return ()
+
     def recorded_modules(self) -> Sequence[str]:
         """Modules inside the encoder whose outputs ``Forward.recorded`` must hold."""
         return ()
@@ -240,13 +249,17 @@ class Method(nn.Module):
         return StepOutput(loss, run.logits, metrics, self.pushed(run))
 
     def classification(self, run: Forward, at: At) -> Tensor:
-        """Mean loss over the valid rows of the batch, fp32 scalar; called after ``additions``."""
+        """Mean loss over the valid rows of the batch, ``over_ranks``, fp32 scalar; called after ``additions``."""
         if run.cross_entropy is not None:
-            return run.cross_entropy
-        return batch_cross_entropy(run.logits, run.targets, self.label_smoothing)
+            return run.over_ranks(run.cross_entropy)
+        return run.over_ranks(batch_cross_entropy(run.logits, run.targets, self.label_smoothing))
 
     def additions(self, run: Forward, at: At) -> dict[str, Tensor]:
-        """Further fp32 terms of the loss, weights included, by the name they are logged under."""
+        """Further fp32 terms of the loss, weights included, by the name they are logged under.
+
+        The gradient of a step is the mean over ranks: a mean over the rows of a batch goes through ``run.over_ranks``;
+        what only the rows of all ranks together define reads them through ``mooring.collectives``.
+        """
         return {}
 
     def widened(self, loss: Tensor, run: Forward, at: At) -> Tensor:
@@ -261,7 +274,8 @@ class Method(nn.Module):
         """Called once per optimizer step with the outputs of its micro-batches, in order."""
 
     def source_rows(self, at: At) -> int:
-        """Rows of the source stream that this step reads, where ``needs.source_stream``; a function of ``at`` alone."""
+        """Rows of the source stream that all ranks together read in this step, where ``needs.source_stream``; a
+        function of ``at`` alone. Each rank gets an equal share, rounded up."""
         return 0
 
     def source_alongside(self, batch: Batch, at: At) -> bool:

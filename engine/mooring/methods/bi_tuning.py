@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -62,8 +62,14 @@ class BiTuning(Method):
 
     def _empty_queue(self, device: torch.device) -> FeatureBank:
         fields = {"z": self.settings.embed_width, "h": self.head.in_features + 1}
-        spec = BankSpec(self.settings.queue_rows, fields, layout="per_class", classes=self.head.out_features)
-        return FeatureBank(spec, device=device)
+        spec = BankSpec(
+            self.settings.queue_rows,
+            fields,
+            layout="per_class",
+            classes=self.head.out_features,
+            scope=self.settings.queue_scope,
+        )
+        return FeatureBank(spec, device=device, ranks=self.ranks)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BiTuning:
         super()._apply(fn, recurse)
@@ -74,6 +80,9 @@ class BiTuning(Method):
             moved.load_state_dict(self._queue.state_dict())
             self._queue = moved
         return self
+
+    def followers(self) -> Sequence[nn.Module]:
+        return (self.key,)
 
     def pretrained_parameters(self) -> list[nn.Parameter]:
         """The projector: not pretrained, but at the backbone's rate, as the public code has it."""
@@ -97,7 +106,8 @@ class BiTuning(Method):
 
         def contrast(query: Tensor, own_key: Tensor, field: str) -> Tensor:
             temperature = own.contrast_temperature
-            return queue_info_nce(query, own_key, labels, queue[field], queue.labels, temperature)
+            loss = queue_info_nce(query, own_key, labels, queue[field], queue.labels, temperature)
+            return run.over_ranks(loss)
 
         rows = self._class_rows()[labels.clamp_min(0)]  # a row without a label is masked in the loss
         return {

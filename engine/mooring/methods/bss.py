@@ -8,13 +8,15 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from mooring.collectives import all_rows, gather_rows
 from mooring.config.baseline_settings import BSSSettings
 from mooring.methods.base import At, Method
 from mooring.methods.forward import Forward
 
 
 class BSS(Method):
-    """``L = CE + eta sum_{i<=k} sigma_{-i}(F)^2``, the k smallest singular values of the features F [B, D].
+    """``L = CE + eta sum_{i<=k} sigma_{-i}(F)^2``, the k smallest singular values of the features F [B, D]
+    of a batch, of all ranks together.
 
     Source: spec section 4. The public code takes an SVD of F; here the squares are eigenvalues of the smaller
     Gram matrix, whose gradient 2 u u^T F stays defined where singular values tie.
@@ -33,7 +35,9 @@ class BSS(Method):
     def additions(self, run: Forward, at: At) -> dict[str, Tensor]:
         with torch.autocast(run.features.device.type, enabled=False):
             smallest = smallest_squared_singular_values(
-                run.features.float(), run.valid, self.settings.singular_values
+                all_rows(run.features.float(), self.ranks, "features"),
+                gather_rows(run.valid, self.ranks, "features"),
+                self.settings.singular_values,
             )
         return {"bss": self.settings.shrinkage * smallest.sum()}
 

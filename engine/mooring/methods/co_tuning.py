@@ -8,6 +8,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from mooring.collectives import all_reduce_
 from mooring.config.baseline_settings import CoTuningSettings
 from mooring.methods.base import At, Method, Needs, SetupContext
 from mooring.methods.classification import mean_over_valid
@@ -56,6 +57,8 @@ class CoTuning(Method):
             total.index_add_(0, labels, probability * valid[:, None])
             rows.index_add_(0, labels, valid.double())
         self.train(was_training)
+        for part in (total, rows):
+            all_reduce_(part, self.ranks, "class statistics")
         mean = total / rows.clamp_min(1)[:, None]
         # a class without training images: nothing is known, so every source class is as likely
         self.relationship.copy_(torch.where(rows[:, None] > 0, mean, 1.0 / total.shape[1]))
@@ -65,4 +68,4 @@ class CoTuning(Method):
             logits = self.source_head(run.features.float())
             targets = self.relationship[run.batch.labels.clamp_min(0)]
             rows = -(targets * logits.log_softmax(1)).sum(1)
-        return {"co_tuning": self.settings.co_weight * mean_over_valid(rows, run.valid)}
+        return {"co_tuning": self.settings.co_weight * run.over_ranks(mean_over_valid(rows, run.valid))}

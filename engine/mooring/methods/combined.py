@@ -117,6 +117,9 @@ class Combined(Method):
         )
         return getattr(owners[0], hook) if owners else partial(getattr(Method, hook), self)
 
+    def followers(self) -> Sequence[nn.Module]:
+        return [network for part in self.members for network in part.followers()]
+
     def recorded_modules(self) -> Sequence[str]:
         return [name for part in self.members for name in part.recorded_modules()]
 

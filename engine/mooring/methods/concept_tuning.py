@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -104,6 +104,9 @@ class ConceptTuning(Method):
         """Keys by class: ``images``, and ``patches`` or ``slices``."""
         return self._queues
 
+    def followers(self) -> Sequence[nn.Module]:
+        return (self.key,)
+
     def _followed(self) -> dict[str, nn.Module]:
         networks: dict[str, nn.Module] = {"encoder": self.encoder, "head": self.head}
         return networks if self.projector is None else networks | {"projector": self.projector}
@@ -134,8 +137,14 @@ class ConceptTuning(Method):
             part = self.head.in_features // own.channel_slices
             fields["slices"] = {f"slice{number}": part for number in range(own.channel_slices)}
         for name, rows in fields.items():
-            spec = BankSpec(own.queue_rows, rows, layout="per_class", classes=self.head.out_features)
-            queues[name] = FeatureBank(spec, device=device)
+            spec = BankSpec(
+                own.queue_rows,
+                rows,
+                layout="per_class",
+                classes=self.head.out_features,
+                scope=own.queue_scope,
+            )
+            queues[name] = FeatureBank(spec, device=device, ranks=self.ranks)
         return queues
 
     @staticmethod
@@ -256,25 +265,33 @@ class ConceptTuning(Method):
         self.key.take_mode(self._followed())
         answer = self.front_door(run.feature_map, self._noise(run))
         terms = {
-            "front_door": batch_cross_entropy(answer.logits, run.targets, self.label_smoothing),
-            "bottleneck": own.bottleneck_penalty * bottleneck_divergence(answer, run.valid, own.kl),
+            "front_door": run.over_ranks(
+                batch_cross_entropy(answer.logits, run.targets, self.label_smoothing)
+            ),
+            "bottleneck": own.bottleneck_penalty
+            * run.over_ranks(bottleneck_divergence(answer, run.valid, own.kl)),
         }
         if at.step < self.warm_up_steps(at.total_steps):
             return terms
         if "images" in self._queues:
-            terms["image_contrast"] = own.image_contrast * self._image_contrast(run)
+            terms["image_contrast"] = own.image_contrast * run.over_ranks(self._image_contrast(run))
         if at.epoch >= own.concept_start_epoch and own.concept_contrast > 0:
             contrast = self._patch_contrast(run) if self._crops() else self._slice_contrast(run)
-            terms["concept_contrast"] = own.concept_contrast * contrast
+            terms["concept_contrast"] = own.concept_contrast * run.over_ranks(contrast)
         return terms
 
     def _noise(self, run: Forward) -> Tensor | None:
         if not self.training:
             return None
-        rows = run.batch.labels.shape[0]
-        return torch.randn(
-            rows, self.settings.bottleneck, generator=self._draws["noise"], device=self.head.weight.device
-        )
+        shape, device = (run.batch.labels.shape[0], self.settings.bottleneck), self.head.weight.device
+        return self._own_rows(torch.randn(self._all(shape), generator=self._draws["noise"], device=device))
+
+    def _all(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """The shape for the rows of all ranks: what is drawn is the same on each, and for each row its own."""
+        return self.ranks.world * shape[0], shape[1]
+
+    def _own_rows(self, drawn: Tensor) -> Tensor:
+        return drawn.chunk(self.ranks.world)[self.ranks.rank]
 
     def _view(self, run: Forward, number: int) -> Tensor:
         views = run.batch.views
@@ -326,7 +343,9 @@ class ConceptTuning(Method):
         shape, device = (rows, 1 + self.settings.queue_rows), self.head.weight.device
         if not self.training:
             return torch.zeros(shape, dtype=torch.int64, device=device)
-        return torch.randint(0, 3, shape, generator=self._draws["pick"], device=device)
+        return self._own_rows(
+            torch.randint(0, 3, self._all(shape), generator=self._draws["pick"], device=device)
+        )
 
     @torch.no_grad()
     def _concepts(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

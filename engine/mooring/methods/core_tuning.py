@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from mooring.collectives import all_rows, gather_rows
 from mooring.config.contrast_settings import CoreTuningSettings
 from mooring.methods.base import At, Method, Needs, SetupContext, StateTree
 from mooring.methods.classification import batch_cross_entropy
@@ -25,6 +26,9 @@ class CoreTuning(Method):
     Mixed rows are the batch's own, those mixed with a random partner, and hard positives (``hard_mixed``), with
     labels mixed alike. L_focal is a supervised contrast over ``z = norm(MLP(f))``: rows of one class are positives
     of each other, all rows are keys (``focal_contrast``).
+
+    Partners are found among the rows of all ranks, and every rank computes the loss of them all: the features travel,
+    not the images.
 
     Parameters of the MLP are dropped from the exported model.
 
@@ -59,10 +63,12 @@ class CoreTuning(Method):
         return Draws.of(rows, self.settings.mix_alpha, self._generator, self.head.weight.device)
 
     def additions(self, run: Forward, at: At) -> dict[str, Tensor]:
-        own, labels = self.settings, run.batch.labels
+        own = self.settings
         release = own.parity == "release"
+        features = all_rows(run.features.float(), self.ranks, "features")
+        labels = gather_rows(run.batch.labels, self.ranks, "features")
         mixed = hard_mixed(
-            run.features.float(), labels, self.head.out_features, self.draw(labels.shape[0]), release=release
+            features, labels, self.head.out_features, self.draw(labels.shape[0]), release=release
         )
         self._mixed = run, mixed
         outputs = self.contrast_mlp(mixed.features)
@@ -76,8 +82,8 @@ class CoreTuning(Method):
     def classification(self, run: Forward, at: At) -> Tensor:
         assert self._mixed is not None and self._mixed[0] is run, "additions come first"
         (_, mixed), self._mixed = self._mixed, None
-        rows = run.batch.labels.shape[0]
-        if self.settings.parity == "release":
+        rows = self.ranks.world * run.batch.labels.shape[0]
+        if self.settings.parity == "release" or self.ranks.world > 1:
             logits = self.head(mixed.features)
         else:
             logits = torch.cat([run.logits, self.head(mixed.features[rows:])])

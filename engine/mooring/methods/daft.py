@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from mooring.config.daft_settings import DAFTSettings
+from mooring.distributed import Ranks
 from mooring.methods.base import At, Method, Needs, SetupContext, StateTree
 from mooring.models.batchnorm_conversion import (
     Conversion,
@@ -89,8 +90,11 @@ class DAFT(Method):
         # layers are listened to while the pass runs: a compiled forward would be one for this pass alone
         with torch.compiler.set_stance("force_eager"), context.autocast():
             return collect_statistics(
-                self.encoder, _real_images(batches), max_images=self.settings.calib_images
-            ).reduce()
+                self.encoder,
+                _real_images(batches, self.ranks),
+                max_images=self.settings.calib_images,
+                ranks=self.ranks,
+            ).reduce(self.ranks)
 
     def _factor(self, statistics: Statistics | None, context: SetupContext, auto: bool) -> float:
         """The head's rate over the one it is configured with."""
@@ -123,13 +127,15 @@ class DAFT(Method):
         self._head_factor = float(state["head_factor"])
 
 
-def _real_images(batches: Iterator[Any]) -> Iterator[Tensor]:
-    """The images without padding rows, which would count in the statistics."""
+def _real_images(batches: Iterator[Any], ranks: Ranks) -> Iterator[Tensor]:
+    """The images without padding rows, which would count in the statistics; equally many batches on all ranks."""
     for batch in batches:
         valid = batch.labels >= 0
+        if ranks.any(not bool(valid.any())):
+            continue
         if bool(valid.all()):
             yield batch.images
-        elif bool(valid.any()):
+        else:
             yield batch.images[valid].contiguous(memory_format=torch.channels_last)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from mooring.collectives import all_reduce_, gather_rows
 from mooring.config.baseline_settings import DELTASettings
 from mooring.data.batch import Batch
 from mooring.methods.base import SetupContext
@@ -65,7 +66,7 @@ class DELTA(FeatureMap):
                 else self._first_order(batch, probe)
             )
             for total, cost in zip(costs, found, strict=True):
-                total += cost / len(batches)
+                total += all_reduce_(cost / (len(batches) * self.ranks.world), self.ranks, "channel weights")
         for number, cost in enumerate(costs):
             standard = (cost - cost.mean()) / cost.std(correction=0).clamp_min(1e-12)
             getattr(self, f"attention_{number}").copy_((standard / _SHARPNESS).softmax(0))
@@ -83,12 +84,18 @@ class DELTA(FeatureMap):
         probe = nn.Linear(self.head.in_features, self.head.out_features, device=context.device)
         nn.init.zeros_(probe.weight)
         nn.init.zeros_(probe.bias)
-        features = [self.frozen_encoder(batch.images).float().clone() for batch in batches]
+        # every rank fits the same classifier, to the rows of all
+        features, labels = [], []
+        for batch in batches:
+            features.append(
+                gather_rows(self.frozen_encoder(batch.images).float().clone(), self.ranks, "features")
+            )
+            labels.append(gather_rows(batch.labels, self.ranks, "features"))
         optimizer = torch.optim.SGD(probe.parameters(), lr=0.01, momentum=0.9)
         for _ in range(_PROBE_EPOCHS):
-            for rows, batch in zip(features, batches, strict=True):
+            for rows, targets in zip(features, labels, strict=True):
                 optimizer.zero_grad()
-                _loss(probe(rows), batch).backward()
+                _loss(probe(rows), targets).backward()
                 optimizer.step()
         return probe.requires_grad_(False)
 
@@ -97,7 +104,7 @@ class DELTA(FeatureMap):
         encoder = self.frozen_encoder.encoder
         with torch.enable_grad(), recorded_outputs(encoder, self.stages) as outputs:
             # nothing in it is trainable: a graph begins where the input asks for one
-            loss = _loss(probe(encoder(batch.images.detach().requires_grad_()).float()), batch)
+            loss = _loss(probe(encoder(batch.images.detach().requires_grad_()).float()), batch.labels)
             maps = [outputs[stage] for stage in self.stages]
             slopes = torch.autograd.grad(loss, maps)
         return [
@@ -108,7 +115,7 @@ class DELTA(FeatureMap):
     @torch.no_grad()
     def _knocked_out(self, batch: Batch, probe: nn.Linear) -> list[Tensor]:
         encoder = self.frozen_encoder.encoder
-        whole = _loss(probe(encoder(batch.images).float()), batch)
+        whole = _loss(probe(encoder(batch.images).float()), batch.labels)
         costs = []
         for stage, channels in zip(self.stages, self._channels(), strict=True):
             cost = torch.zeros(channels, device=batch.images.device)
@@ -123,12 +130,12 @@ class DELTA(FeatureMap):
 
                 handle = encoder.get_submodule(stage).register_forward_hook(silence)
                 try:
-                    cost[channel] = _loss(probe(encoder(batch.images).float()), batch) - whole
+                    cost[channel] = _loss(probe(encoder(batch.images).float()), batch.labels) - whole
                 finally:
                     handle.remove()
             costs.append(cost)
         return costs
 
 
-def _loss(logits: Tensor, batch: Batch) -> Tensor:
-    return F.cross_entropy(logits, batch.labels, ignore_index=-1)
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, ignore_index=-1)

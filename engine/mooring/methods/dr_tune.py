@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from mooring.collectives import all_reduce_, broadcast_
 from mooring.config.method_settings import DRTuneSettings
 from mooring.data.batch import Batch
 from mooring.methods.bank import BankSpec, FeatureBank
@@ -22,7 +23,9 @@ from mooring.methods.base import At, Method, Needs, SetupContext, StateTree, Ste
 from mooring.methods.classification import batch_metrics, mean_over_valid
 from mooring.methods.dr_tune_paper import paper_calibration
 from mooring.methods.forward import Forward
+from mooring.methods.sharded_bank import sharded_class_statistics, sharded_rotation
 from mooring_kernels import bank_cross_entropy, calibrate, dr_tune_loss, procrustes_rotation
+from mooring_kernels.calibrate.reference import calibrate as moved_rows
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -65,6 +68,15 @@ class DRTune(Method):
     def bank(self) -> FeatureBank:
         return self._bank
 
+    @property
+    def _sharers(self) -> int:
+        """Ranks whose rows the bank holds."""
+        return self._bank.ranks.world
+
+    @property
+    def _sharded(self) -> bool:
+        return self.settings.bank_scope == "sharded" and self._sharers > 1
+
     def _empty_bank(self, device: torch.device) -> FeatureBank:
         width = self.head.in_features
         spec = BankSpec(
@@ -72,8 +84,9 @@ class DRTune(Method):
             {"frozen": width, "tuned": width},
             _DTYPES[self.settings.bank_dtype],
             normalise=self.settings.calibration == "code",
+            scope=self.settings.bank_scope,
         )
-        return FeatureBank(spec, device=device)
+        return FeatureBank(spec, device=device, ranks=self.ranks)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DRTune:
         super()._apply(fn, recurse)
@@ -103,9 +116,7 @@ class DRTune(Method):
             with context.autocast():
                 features = Forward(self, batch).frozen_features
             room = rows - len(self.bank)
-            self.bank.push(
-                {"frozen": features[:room], "tuned": features[:room]}, batch.labels[:room], batch.ids[:room]
-            )
+            self.bank.push({"frozen": features, "tuned": features}, batch.labels, batch.ids, most=room)
             if len(self.bank) >= rows:
                 break
 
@@ -116,7 +127,7 @@ class DRTune(Method):
         three products of C rows a step.
         """
         settings = self.settings
-        if settings.rotation != "cached":
+        if settings.rotation != "cached" or self._sharded:
             return False
         return 3 * self.head.out_features >= step_rows + settings.bank_size / settings.rotation_period
 
@@ -150,15 +161,19 @@ class DRTune(Method):
         if self._phase(at) == 0 or self.rotation is None:
             bank = self.bank.view()
             self._rotated = None
-            self.rotation = procrustes_rotation(
-                bank["frozen"],
-                bank["tuned"],
-                bank.labels,
-                ridge=self.settings.rotation_ridge,
-                solver=self.settings.rotation_solver,
-                centred=self.settings.rotation_centred,
-                det_fix=self.settings.rotation_det_fix,
-            )
+            rows = bank["frozen"], bank["tuned"], bank.labels
+            options: dict[str, Any] = {
+                "ridge": self.settings.rotation_ridge,
+                "solver": self.settings.rotation_solver,
+                "centred": self.settings.rotation_centred,
+                "det_fix": self.settings.rotation_det_fix,
+            }
+            if self._sharded:
+                self.rotation = sharded_rotation(*rows, self.ranks, **options)
+            else:
+                self.rotation = procrustes_rotation(*rows, **options)
+            # from equal banks, yet two kinds of processor may round otherwise
+            broadcast_(self.rotation, self.bank.ranks, "rotation")
 
     def forward(self, batch: Batch, at: At) -> StepOutput:
         run = Forward(self, batch)
@@ -169,14 +184,14 @@ class DRTune(Method):
     def _loss(self, run: Forward, at: At) -> tuple[Tensor, Tensor]:
         """Loss and logits [B, C]. Reads the head's parameters: call inside forward."""
         features, labels = run.features.float(), run.batch.labels
-        if at.micros == 1 and self.settings.loss_form == "mean":
+        if at.micros == 1 and self.settings.loss_form == "mean" and self._sharers == 1:
             return self._loss_with_bank(features, labels, run, at)
         bank = self.bank.view()
         batch_mean, logits = bank_cross_entropy(
             features, labels, bank["frozen"][:0], bank.labels[:0], self.head.weight, self.head.bias,
             label_smoothing=self.label_smoothing, return_logits=True,
         )  # fmt: skip
-        return self.widened(batch_mean, run, at), logits
+        return self.widened(run.over_ranks(batch_mean) if self._sharers > 1 else batch_mean, run, at), logits
 
     def _loss_with_bank(
         self, features: Tensor, labels: Tensor, run: Forward, at: At
@@ -184,7 +199,7 @@ class DRTune(Method):
         """Mean over the valid ones of these rows and of the bank, and the rows' logits."""
         settings, bank, head = self.settings, self.bank.view(), self.head
         rotation = self.rotation if self._rotates(at) else None
-        if settings.calibration == "paper" or not settings.translation:
+        if settings.calibration == "paper" or not settings.translation or self._sharded:
             return bank_cross_entropy(
                 features, labels, self._calibrated(run, rotation), bank.labels, head.weight, head.bias,
                 label_smoothing=self.label_smoothing, return_logits=True,
@@ -205,22 +220,31 @@ class DRTune(Method):
 
         The engine averages micro-batches, so each one counts the bank once and its own rows A times: their
         average is (sum over all batch rows + sum over the bank) / (A B + n), exact where the micro-batches
-        have equally many valid rows. Terms of other methods count as part of the batch rows' loss, so that
-        their weight relative to it stays what it is without a bank.
+        have equally many valid rows. Of ranks that share a bank the same holds, for A times their number; of one
+        that is sharded each rank scores its own part, that many times. Terms of other methods count as part of
+        the batch rows' loss, so that their weight relative to it stays what it is without a bank.
         """
         if self.settings.bank_size == 0:
             return loss
         bank, features, labels = self.bank.view(), run.features, run.batch.labels
         with torch.autocast(features.device.type, enabled=False):
             bank_mean, _ = self._loss_with_bank(features[:0].float(), labels[:0], run, at)
-        batch_rows = run.valid.sum().clamp_min(1) * at.micros
-        bank_rows = (bank.labels >= 0).sum()
+        if self._sharers > 1:
+            batch_rows = run.mean_rows * at.micros * self._sharers
+        else:
+            batch_rows = run.valid.sum().clamp_min(1) * at.micros
+        bank_rows = scored = (bank.labels >= 0).sum()
+        if self._sharded:
+            scored = bank_rows * self._sharers
+            bank_rows = all_reduce_(bank_rows.float(), self.ranks, "bank statistics")
         normaliser = batch_rows if self.settings.loss_form == "paper" else batch_rows + bank_rows
-        return (batch_rows * loss + bank_rows * bank_mean) / normaliser
+        return (batch_rows * loss + scored * bank_mean) / normaliser
 
     def _calibrated(self, run: Forward, rotation: Tensor | None) -> Tensor:
         """The bank's frozen rows where the tuned features lie now, [K, D] fp32, without graph."""
         settings, bank = self.settings, self.bank.view()
+        if self._sharded:
+            return self._calibrated_shard(run, rotation)
         rows = (bank["frozen"], bank["tuned"], bank.labels, self.head.weight.detach(), rotation)
         if settings.calibration == "paper":
             return paper_calibration(*rows, translation=settings.translation)
@@ -228,10 +252,26 @@ class DRTune(Method):
             *rows, self._scale(run), cga_scale=settings.cga_scale, translation=settings.translation
         )
 
-    @staticmethod
-    def _scale(run: Forward) -> Tensor:
-        """Mean feature norm over the valid rows: a padding row must not pull it."""
-        return mean_over_valid(torch.linalg.vector_norm(run.features.detach().float(), dim=1), run.valid)
+    def _calibrated_shard(self, run: Forward, rotation: Tensor | None) -> Tensor:
+        """This rank's rows, moved by the class means of all."""
+        bank, settings = self.bank.view(), self.settings
+        frozen_mean, tuned_mean, _ = sharded_class_statistics(
+            bank["frozen"],
+            bank["tuned"],
+            bank.labels,
+            self.head.weight.detach(),
+            settings.cga_scale,
+            self.ranks,
+        )
+        return moved_rows(bank["frozen"], bank.labels, frozen_mean, tuned_mean, rotation, self._scale(run))
+
+    def _scale(self, run: Forward) -> Tensor:
+        """Mean feature norm over the valid rows, of all ranks that share the bank: a padding row must not pull it."""
+        norms = torch.linalg.vector_norm(run.features.detach().float(), dim=1)
+        mean = mean_over_valid(norms, run.valid)
+        if self._sharers == 1:
+            return mean
+        return all_reduce_(run.over_ranks(mean).clone(), self.ranks, "bank statistics") / self._sharers
 
     def pushed(self, run: Forward) -> Mapping[str, Tensor]:
         if self.settings.bank_size == 0:
@@ -254,6 +294,8 @@ class DRTune(Method):
     def head_lr_multiplier(self, batch_size: int, optimizer: str) -> float:
         """1 + K / B for SGD, where the head's batch is larger by the bank's rows; scale-free optimizers need none."""
         if optimizer == "sgd":
+            if self.settings.bank_scope == "private":
+                batch_size = batch_size // self.ranks.world
             return 1 + self.settings.bank_size / batch_size
         return super().head_lr_multiplier(batch_size, optimizer)
 

@@ -38,5 +38,5 @@ class FeatureDistillation(Method):
         with torch.autocast(run.features.device.type, enabled=False):
             apart = self.regressor(run.features.float()) - run.frozen_features
             rows = apart.square().sum(1)
-            mean = mean_over_valid(rows, run.valid)
+            mean = run.over_ranks(mean_over_valid(rows, run.valid))
         return {"feature_distillation": 0.5 * self.settings.feature_pull * mean}

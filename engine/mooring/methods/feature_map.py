@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mooring.config.baseline_settings import FeatureMapSettings
 from mooring.methods.base import At, Method, Needs
 from mooring.methods.forward import Forward
+from mooring.methods.weight_pull import weight_pull
 from mooring.models.stage_outputs import recorded_outputs, stage_modules
 
 
@@ -44,12 +45,11 @@ class FeatureMap(Method):
         with torch.no_grad(), recorded_outputs(self.frozen_encoder.encoder, self.stages) as frozen:
             self.frozen_encoder(run.batch.images)
         with torch.autocast(run.features.device.type, enabled=False):
-            distance = self.distance(tuned, frozen, run.valid)
-            head = sum(
-                (p.float().square().sum() for p in self.head.parameters()),
-                torch.zeros((), device=distance.device),
-            )
-        return {self.name: 0.5 * self.settings.map_pull * distance + 0.5 * self.settings.head_pull * head}
+            distance = run.over_ranks(self.distance(tuned, frozen, run.valid))
+            run.logits  # noqa: B018  the forward comes first, see weight_pull
+            head = list(self.head.parameters())
+            pull = weight_pull(head, [None] * len(head), self.settings.head_pull)
+        return {self.name: 0.5 * self.settings.map_pull * distance + pull}
 
     def distance(self, tuned: Mapping[str, Tensor], frozen: Mapping[str, Tensor], valid: Tensor) -> Tensor:
         """Sum over stages of the mean over valid images of the squared distance."""

@@ -95,6 +95,16 @@ class Forward:
     def valid(self) -> Tensor:
         return self.batch.labels >= 0
 
+    @cached_property
+    def mean_rows(self) -> Tensor:
+        """Valid rows of the batches of all ranks over the number of ranks, [] float32, at least one row in all."""
+        mean = self.batch.mean_rows
+        return self.valid.sum().clamp_min(1) if mean is None else mean.clamp_min(1 / self.method.ranks.world)
+
+    def over_ranks(self, mean: Tensor) -> Tensor:
+        """A mean over this rank's valid rows, weighted: its mean over ranks is the mean over the rows of all."""
+        return mean if self.batch.mean_rows is None else mean * (self.valid.sum() / self.mean_rows)
+
 
 def features_and_map(encoder: torch.nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Pooled features [B, D] and the map they are pooled from, [B, D', H', W'], in one forward.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mooring.config.baseline_settings import L2SPSettings
 from mooring.methods.base import At, Method, SetupContext, StateTree
 from mooring.methods.forward import Forward
-from mooring_kernels import l2_sp
+from mooring.methods.weight_pull import weight_pull
 
 
 class L2SP(Method):
@@ -43,10 +43,11 @@ class L2SP(Method):
         self._keep_anchors()
 
     def additions(self, run: Forward, at: At) -> dict[str, Tensor]:
+        run.logits  # noqa: B018  the forward comes first, see weight_pull
         head = list(self.head.parameters())
         return {
-            "l2_sp": l2_sp(self._anchored(), self._anchors, self.settings.backbone_pull)
-            + l2_sp(head, [None] * len(head), self.settings.head_pull)
+            "l2_sp": weight_pull(self._anchored(), self._anchors, self.settings.backbone_pull)
+            + weight_pull(head, [None] * len(head), self.settings.head_pull)
         }
 
     def extra_state(self) -> StateTree:

@@ -9,10 +9,12 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from mooring.collectives import all_reduce_
 from mooring.config.method_settings import LinearProbeSettings
 from mooring.data.batch import Batch
 from mooring.methods.base import At, Method, Needs, SetupContext, StepOutput
 from mooring.methods.classification import batch_cross_entropy, batch_metrics
+from mooring.methods.forward import Forward
 
 
 class LinearProbe(Method):
@@ -55,6 +57,8 @@ class LinearProbe(Method):
             total += features.sum(0)
             square += features.square().sum(0)
             rows += (batch.labels >= 0).sum()
+        for part in (total, square, rows):
+            all_reduce_(part, self.ranks, "feature statistics")
         mean = total / rows.clamp_min(1)
         variance = (square / rows.clamp_min(1) - mean.square()).clamp_min(0)
         # a dead dimension carries nothing: scale 1 keeps it at zero instead of dividing by zero
@@ -70,7 +74,7 @@ class LinearProbe(Method):
     def forward(self, batch: Batch, at: At) -> StepOutput:
         logits = self._logits(batch.images)
         targets = batch.labels if batch.targets is None else batch.targets
-        loss = batch_cross_entropy(logits, targets, self.label_smoothing)
+        loss = Forward(self, batch).over_ranks(batch_cross_entropy(logits, targets, self.label_smoothing))
         return StepOutput(loss, logits, batch_metrics(loss, logits, targets))
 
     def predict(self, images: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from mooring.config.method_settings import LPFTSettings
 from mooring.data.batch import Batch
 from mooring.methods.base import At, Method, StepOutput
 from mooring.methods.classification import batch_cross_entropy, batch_metrics
+from mooring.methods.forward import Forward
 
 # The encoder starts with an empty optimizer state when its phase begins: it gets a warm-up of its own.
 _RAMP = 0.1
@@ -42,7 +43,7 @@ class LPFT(Method):
             features = self.encoder(batch.images)
         logits = self.head(features)
         targets = batch.labels if batch.targets is None else batch.targets
-        loss = batch_cross_entropy(logits, targets, self.label_smoothing)
+        loss = Forward(self, batch).over_ranks(batch_cross_entropy(logits, targets, self.label_smoothing))
         return StepOutput(loss, logits, batch_metrics(loss, logits, targets))
 
     def lr_factors(self, at: At) -> Mapping[str, float]:

@@ -42,4 +42,4 @@ class LwF(Method):
                 self.settings.distillation_temperature,
                 run.valid,
             )
-        return {"lwf": self.settings.distillation * divergence}
+        return {"lwf": self.settings.distillation * run.over_ranks(divergence)}

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from mooring.models.partition import chunks, whole
 from mooring_kernels import ema_
 
 
 class MomentumCopy(nn.Module):
     """``theta_k <- m theta_k + (1 - m) theta_q`` over parameters; buffers go their own way.
 
+    Whole and in fp32 on every rank; trained parameters that ranks divide are gathered for it, a few at a time.
     BatchNorm statistics of the copy are moved by its own forwards. Keep it out of the trained module (hold it in a
     tuple): it must not be wrapped, averaged, exported or given to an optimizer; ``state`` and ``load_state`` save it.
 
@@ -41,7 +43,11 @@ class MomentumCopy(nn.Module):
     def follow(self, networks: Mapping[str, nn.Module], momentum: float) -> None:
         """One step of the average; does not wait for the device."""
         own = [p for name in networks for p in self.networks[name].parameters()]
-        ema_(own, [p for network in networks.values() for p in network.parameters()], momentum)
+        followed = [p for network in networks.values() for p in network.parameters()]
+        copies = {id(q): p for p, q in zip(own, followed, strict=True)}
+        for chunk in chunks(followed):
+            with whole(chunk):
+                ema_([copies[id(q)] for q in chunk], chunk, momentum)
 
     def take_mode(self, networks: Mapping[str, nn.Module]) -> None:
         """Puts every layer into the mode its original is in, so that frozen statistics are frozen here too."""

@@ -127,7 +127,7 @@ class SoftFineTuning(Method):
         if run.source_features is not None:
             return run.source_features
         run.features  # noqa: B018  the target's forward comes first, as if there were no source images
-        with self._statistics(source.images.shape[0]):
+        with self._statistics(self.ranks.world * source.images.shape[0]):
             return self.encoder(source.images)
 
     def _statistics(self, rows: int) -> AbstractContextManager[None]:
@@ -147,7 +147,7 @@ class SoftFineTuning(Method):
         if weight <= 0:
             return {}
         if self.settings.source == "distill":
-            target, source = None, self._divergence(run)
+            target, source = None, run.over_ranks(self._divergence(run))
         else:
             target, source = self._both_heads(run, weight)
         if self.settings.target_weight == "complement":

@@ -11,8 +11,10 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from mooring.config.tes_settings import TeSSettings
+from mooring.distributed import ALONE
 from mooring.methods.base import At, Method, Needs, StateTree
 from mooring.methods.forward import Forward
+from mooring.models.batchnorm_sync import batch_statistics
 from mooring_kernels import text_supervised_loss
 
 _log = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ class TeS(Method):
             else:
                 units = F.normalize(self.projection(run.features.float(), run.valid), dim=1)
                 cosines, lambda_t = units @ self.text.T, settings.lambda_t
-            return text_supervised_loss(
+            loss = text_supervised_loss(
                 logits,
                 cosines,
                 run.batch.labels,
@@ -72,6 +74,7 @@ class TeS(Method):
                 lambda_t,
                 target=self._soft_labels(run),
             )
+            return run.over_ranks(loss)
 
     def extra_state(self) -> StateTree:
         return {"text": self.text}
@@ -125,19 +128,23 @@ class ProjectionHead(nn.Module):
 
 
 class MaskedBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over the valid rows of a batch, without a data-dependent shape; one valid row is no error."""
+    """BatchNorm over the valid rows of a batch, without a data-dependent shape; one valid row is no error.
+
+    ``ranks``: whose rows count, see ``synchronise_statistics_``.
+    """
+
+    ranks = ALONE
 
     def forward(self, input: Tensor, valid: Tensor | None = None) -> Tensor:
         if not self.training or valid is None:
             return super().forward(input)
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         weight = valid[:, None].to(input.dtype)
-        count = weight.sum().clamp_min(1)
-        mean = (input * weight).sum(0) / count
+        mean, variance, count = batch_statistics(input, self.ranks, weight)
         centred = input - mean
-        variance = (centred.square() * weight).sum(0) / count
         with torch.no_grad():
-            seen = (valid.sum() > 0) * self.momentum
+            seen = (count > 0) * self.momentum
+            count = count.clamp_min(1)
             unbiased = variance * count / (count - 1).clamp_min(1)
             self.running_mean += seen * (mean - self.running_mean)
             self.running_var += seen * (unbiased - self.running_var)

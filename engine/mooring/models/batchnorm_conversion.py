@@ -17,11 +17,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mooring.collectives import all_reduce_
+from mooring.distributed import ALONE, Ranks
 from mooring.errors import MooringError
+from mooring.models.batchnorm_sync import SynchronisedNorm1d, SynchronisedNorm2d, SynchronisedNormAct2d
 from mooring.models.torchvision_shim import import_timm
 from mooring_kernels import batchnorm_statistics, convert_batchnorm_
 
@@ -29,8 +31,10 @@ timm = import_timm()
 
 # Exact types whose forward is known: BatchNorm, then what they hold (dropout, activation). Any other subclass runs
 # its own forward and is only listened to.
-_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_WITH_ACTIVATION = (timm.layers.BatchNormAct2d, timm.layers.SyncBatchNormAct)
+_PLAIN = (
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SynchronisedNorm1d, SynchronisedNorm2d,
+)  # fmt: skip
+_WITH_ACTIVATION = (timm.layers.BatchNormAct2d, timm.layers.SyncBatchNormAct, SynchronisedNormAct2d)
 _POWER_ITERATIONS = 50
 OUTLIER_RATIO = 1e3  # a weight that changes by more than this factor belongs to a channel that was dead
 
@@ -63,15 +67,16 @@ class Statistics:
     second_moment: Tensor | None
     images: Tensor
 
-    def reduce(self, group: dist.ProcessGroup | None = None) -> Statistics:
-        """The sums over all ranks, by one all-reduce. Without a process group in this run: unchanged."""
-        if not dist.is_initialized():
+    def reduce(self, ranks: Ranks | None = None) -> Statistics:
+        """The sums over all ranks (None: those of the process group), by one all-reduce; of one rank, unchanged."""
+        ranks = ranks or Ranks.here()
+        if ranks.world == 1:
             return self
         parts = [self.first, self.second, self.weight, self.images.reshape(1)]
         if self.second_moment is not None:
             parts.append(self.second_moment.flatten())
         joined = torch.cat(parts)
-        dist.all_reduce(joined, group=group)
+        all_reduce_(joined, ranks, "feature statistics")
         first, second, weight, images, *rest = joined.split([part.numel() for part in parts])
         moment = rest[0].view_as(self.second_moment) if self.second_moment is not None else None
         return replace(
@@ -158,7 +163,7 @@ class _Sums:
         y, mean, var = batchnorm_statistics(
             x, layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps
         )
-        values = x.numel() // x.shape[1]
+        values, mean, var = self._of_all_ranks(x.numel() // x.shape[1], mean, var)
         distance = mean.double() - self.shift
         if self.pooled:
             self.first += values * distance
@@ -169,6 +174,19 @@ class _Sums:
             self.second += var
             self.weight += 1
         return y
+
+    def _of_all_ranks(self, values: int, mean: Tensor, var: Tensor) -> tuple[int, Tensor, Tensor]:
+        """Number of values, mean and unbiased variance of the batch that this one is a part of, where the layer
+        synchronises its statistics."""
+        ranks = getattr(self.layer, "ranks", ALONE)
+        if ranks.world == 1:
+            return values, mean, var
+        mean, var = mean.double(), var.double()
+        squares = (values - 1) * var + values * mean.square()
+        sums = torch.cat([mean.new_tensor([values]), values * mean, squares])
+        total, first, second = all_reduce_(sums, ranks, "batch statistics").split([1, len(mean), len(mean)])
+        mean = first / total
+        return int(total), mean, ((second - total * mean.square()) / (total - 1).clamp_min(1)).clamp_min(0)
 
 
 @contextmanager
@@ -221,7 +239,12 @@ def _in_eval_mode(encoder: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def collect_statistics(
-    encoder: nn.Module, batches: Iterable[Tensor], *, max_images: int | None = None, pooled: bool = False
+    encoder: nn.Module,
+    batches: Iterable[Tensor],
+    *,
+    max_images: int | None = None,
+    pooled: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Statistics:
     """What train-mode BatchNorm would see on these batches, for all layers in one pass.
 
@@ -236,6 +259,8 @@ def collect_statistics(
         max_images: stop after the batch that reaches this many; None: all. A channel's mean is off by about its
             spread between images over sqrt(max_images): 4096 images give 1.6 %.
         pooled: variance over all values at once in place of the mean of variances.
+        ranks: those that bring images; each has the statistics of its own, to be reduced. Layers that synchronise
+            their statistics count a batch of all ranks as one.
 
     Raises:
         ConversionError: there is no batch.
@@ -249,7 +274,7 @@ def collect_statistics(
     with _in_eval_mode(encoder), _measured(sums):
         for images in batches:
             features = encoder(images)
-            seen += len(images)
+            seen += len(images) * ranks.world
             if isinstance(features, Tensor) and features.dim() == 2:
                 rows = features.float()
                 with torch.autocast(rows.device.type, enabled=False):

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from mooring.errors import RunFolderError
+from mooring.models.partition import chunks, whole
 
 
 class WeightEMA:
     """``ema <- d ema + (1 - d) weight`` for parameters; buffers are copied.
 
     With warm-up the decay of update n (from 0) is ``min(decay, (1 + n) / (10 + n))``: a short run is not
-    left at its first weights.
+    left at its first weights. The average is whole on every rank; parameters that ranks divide are gathered for it.
 
     Args:
         module: its parameters and buffers are followed, on the devices where they lie.
@@ -39,17 +40,22 @@ class WeightEMA:
         decay = self.decay
         if self.warm_up:
             decay = min(decay, (1 + self.updates) / (10 + self.updates))
-        live = dict(module.named_parameters())
-        averages = list(self.parameters.values())
-        torch._foreach_lerp_(averages, [live[name].detach() for name in self.parameters], 1.0 - decay)
+        names = {id(p): name for name, p in module.named_parameters()}
+        for chunk in chunks(module.parameters()):
+            with whole(chunk):
+                averages = [self.parameters[names[id(p)]] for p in chunk]
+                torch._foreach_lerp_(averages, [p.detach() for p in chunk], 1.0 - decay)
         self._copy_buffers(module)
         self.updates += 1
 
     @torch.no_grad()
     def copy_from(self, module: nn.Module) -> None:
         """Makes the average equal to ``module``'s weights."""
-        for name, parameter in module.named_parameters():
-            self.parameters[name].copy_(parameter)
+        names = {id(p): name for name, p in module.named_parameters()}
+        for chunk in chunks(module.parameters()):
+            with whole(chunk):
+                for p in chunk:
+                    self.parameters[names[id(p)]].copy_(p)
         self._copy_buffers(module)
 
     @contextmanager
@@ -91,11 +97,16 @@ class WeightEMA:
     @torch.no_grad()
     def _swap(self, module: nn.Module) -> None:
         # Values change places, not tensors: the optimizer and a wrapper keep their references.
-        pairs: list[tuple[Tensor, Tensor]] = [
-            (p, self.parameters[name]) for name, p in module.named_parameters()
-        ]
-        pairs += [(b, self.buffers[name]) for name, b in module.named_buffers()]
-        for live, average in pairs:
-            held = live.detach().clone()
-            live.copy_(average)
-            average.copy_(held)
+        names = {id(p): name for name, p in module.named_parameters()}
+        for chunk in chunks(module.parameters()):
+            with whole(chunk, write=True):
+                for p in chunk:
+                    _exchange(p, self.parameters[names[id(p)]])
+        for name, buffer in module.named_buffers():
+            _exchange(buffer, self.buffers[name])
+
+
+def _exchange(live: Tensor, average: Tensor) -> None:
+    held = live.detach().clone()
+    live.copy_(average)
+    average.copy_(held)

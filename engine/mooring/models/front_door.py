@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +20,8 @@ _FILE = "front_door.safetensors"
 _FAR = 20.0  # exp(-20) is below half a spacing of fp32 at 1
 
 
-@dataclass(frozen=True, slots=True)
-class FrontDoorOutput:
-    """What the head says of a batch.
+class FrontDoorOutput(NamedTuple):
+    """What the head says of a batch; a tuple, in which a wrapper around modules finds the tensors.
 
     Attributes:
         logits: [B, C] fp32.
@@ -64,8 +62,9 @@ class FrontDoorHead(nn.Module):
         self.queries = nn.Linear(width, narrow)
         self.keys = nn.Linear(width, narrow)
         self.values = nn.Linear(width, width)
-        self.position_gain = nn.Parameter(torch.zeros(()))
-        self.channel_gain = nn.Parameter(torch.zeros(()))
+        # [1], not []: DeepSpeed cannot broadcast a tensor without dimensions
+        self.position_gain = nn.Parameter(torch.zeros(1))
+        self.channel_gain = nn.Parameter(torch.zeros(1))
         self.fusion = fusion
         self.mediator: nn.Module = (
             nn.Linear(width, 2 * bottleneck)

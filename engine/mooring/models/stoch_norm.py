@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mooring.distributed import ALONE
+from mooring.models.batchnorm_sync import batch_norm
 from mooring.models.torchvision_shim import import_timm
 
 timm = import_timm()
@@ -18,6 +20,7 @@ class _Stochastic:
 
     batch_probability: float
     generator: torch.Generator
+    ranks = ALONE  # whose rows count, see synchronise_statistics_
 
     def normalised(self: Any, x: Tensor) -> Tensor:
         if not self.training or self.running_mean is None:
@@ -34,9 +37,12 @@ class _Stochastic:
         dims = [d for d in range(x.ndim) if d != 1]
         # The moving statistics of before this batch; BatchNorm updates them on the way.
         moving_mean, moving_var = self.running_mean.clone(), self.running_var.clone()
-        by_batch = F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
-        )
+        if self.ranks.world > 1:
+            by_batch = batch_norm(self, x, self.ranks)
+        else:
+            by_batch = F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
+            )
         by_moving = F.batch_norm(x, moving_mean, moving_var, self.weight, self.bias, False, 0.0, self.eps)
         drawn = torch.rand(x.shape[1], generator=self.generator) < self.batch_probability
         if x.is_cuda:  # from pinned memory, so that nothing waits for the device

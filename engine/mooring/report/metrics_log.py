@@ -107,6 +107,25 @@ class MetricsLog:
         self.close()
 
 
+class NoLog(MetricsLog):
+    """Of the ranks that do not write: the same calls, and no file."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, kind: str, *, step: int, epoch: int, values: Mapping[str, Any]) -> None:
+        pass
+
+    def lengths(self) -> dict[str, int]:
+        return {}
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def cut_log(folder: Path, lengths: Mapping[str, int]) -> list[str]:
     """Takes from the log of a run what came after a checkpoint: those steps are done again.
 

@@ -30,11 +30,13 @@ from mooring.data.source_task import source_split
 from mooring.data.sources import make_source
 from mooring.data.subset import training_subset
 from mooring.data.text_features import class_text_features, too_alike
+from mooring.distributed import ALONE, Ranks
 from mooring.errors import ConfigError, DataError
 from mooring.methods.base import Method, Needs, Resources
 from mooring.methods.registry import build_method, needs_of
 from mooring.methods.without_effect import check_effect
 from mooring.models.batchnorm import FrozenEncoder, freeze_statistics, frozen_copy, parameter_count
+from mooring.models.batchnorm_sync import synchronise_statistics_
 from mooring.models.ema import WeightEMA
 from mooring.models.encoder import Encoder, build_encoder
 from mooring.models.export import assemble as assemble_export
@@ -42,9 +44,9 @@ from mooring.models.groups import parameter_groups
 from mooring.models.head import build_head
 from mooring.models.pretrained_head import pretrained_head
 from mooring.models.weights import cache_folder
+from mooring.train.backend import Backend, make_backend
 from mooring.train.extra_tests import open_extra_tests
 from mooring.train.held_out import HeldOut, open_held_out
-from mooring.train.local_backend import LocalBackend
 from mooring.train.optimizers import build_optimizer, default_lr
 from mooring.train.precision import choose_device, choose_precision
 from mooring.train.results import RunPlan
@@ -66,7 +68,7 @@ class Parts:
     config: RunConfig
     manifest: Manifest
     method: Method
-    backend: LocalBackend
+    backend: Backend
     optimizer: Optimizer
     schedule: Schedule
     ema: WeightEMA | None
@@ -123,24 +125,32 @@ class Parts:
         )
 
 
-def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | None = None) -> Parts:
+def assemble(
+    config: RunConfig,
+    *,
+    scan_progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
+) -> Parts:
     """Builds every part of the run that ``config`` describes.
 
     Args:
         config: checked settings.
+        ranks: the processes of the run; None: this one alone.
         scan_progress: called with (done, total) files where the data has to be scanned first.
 
     Raises:
         MooringError: settings, data or weights cannot be used; says what to do.
     """
+    ranks = ranks or Ranks()
     needs = needs_of(config.method)
     _check_mixing(config, needs)
     for note in check_effect(config):
         _log.warning("%s", note)
     device = choose_device(config.train.device)
     precision = choose_precision(config.train.precision, device)
-    backend = LocalBackend(device, precision)
-    manifest = everything = open_data(config, scan_progress)
+    backend = make_backend(config, device, precision, ranks)
+    manifest = everything = ranks.node_by_node(lambda: open_data(config, scan_progress))
+    _check_same_data(manifest, ranks)
     unseen: Manifest | None = None
     if config.data.classes is not None or config.data.unseen_classes is not None:
         manifest, unseen = seen_and_unseen(
@@ -151,8 +161,9 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
             manifest, shots=config.data.shots, fraction=config.data.fraction, seed=config.seed
         )
     extra_tests = open_extra_tests(config.data, manifest.classes, scan_progress)
-    config = _fitting_batch(config, manifest.counts["train"])
+    config = _fitting_batch(config, manifest.counts["train"], ranks.world)
     train = config.train
+    share = train.batch_size // ranks.world
     encoder = _encoder(config).to(device)
     # before the method touches it; a continued run gets it from the same weights
     pretrained = frozen_copy(encoder, fold=False) if config.report.distortion else None
@@ -162,15 +173,21 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
     assemble_export(encoder, head)  # an architecture that cannot be exported is refused now, not at the end
     if train.channels_last:
         _to_channels_last(encoder)
-    resources = _resources(config, needs, manifest, encoder)
+    resources = replace(_resources(config, needs, manifest, encoder), ranks=ranks)
     source_images = _source_images(config, needs, everything, resources)
     if source_images is not None:
-        resources = replace(resources, source_batch_size=_source_batch(config, len(source_images)))
+        rows = _source_batch(config, len(source_images), ranks.world)
+        resources = replace(resources, source_batch_size=rows)
     method = build_method(
         config.method, encoder, head, label_smoothing=train.label_smoothing, resources=resources
     ).to(device)
     if (needs.batchnorm or "frozen" if train.batchnorm == "auto" else train.batchnorm) == "frozen":
         freeze_statistics(encoder)
+    if train.sync_batchnorm and ranks.world > 1:
+        for module in (method, *method.followers()):
+            synchronise_statistics_(module, ranks)
+    if config.backend.activation_checkpointing:
+        _checkpoint_activations(encoder)
     if train.compile:
         encoder.compile()  # in place: names of parameters stay
 
@@ -180,15 +197,19 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
     views = [{"train": training, "mild": mild(model_input)}[view] for view in needs.views]
     testing = evaluation(ModelInput.from_model_config(encoder.data_config, size=eval_size))
 
-    def source(split: str | Split, *, is_training: bool, seed: int = config.seed) -> EpochSource:
+    def source(
+        split: str | Split, *, is_training: bool, seed: int = config.seed, among: Ranks = ranks
+    ) -> EpochSource:
         rows = manifest.split(split) if isinstance(split, str) else split
         return make_source(
             config.data.source,
             rows,
             training if is_training else testing,
-            batch_size=train.batch_size if is_training else _eval_batch(config, len(rows)),
+            batch_size=share if is_training else _eval_batch(config, len(rows), among.world),
             training=is_training,
             seed=seed,
+            rank=among.rank,
+            world=among.world,
             workers=config.data.workers,
             views=views if is_training else (),
             device=device,
@@ -205,9 +226,12 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
                 config.data.source,
                 images,
                 training,
-                batch_size=batch,
+                batch_size=batch // ranks.world,
                 training=True,
                 seed=config.seed ^ _SOURCE_SEED,
+                rank=ranks.rank,
+                world=ranks.world,
+                interleaved=True,
                 workers=config.data.workers,
                 device=device,
             )
@@ -219,9 +243,11 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
             config.data.source,
             manifest.split("train"),
             testing,
-            batch_size=train.batch_size,
+            batch_size=share,
             training=True,
             seed=config.seed ^ _WARM_UP_SEED,
+            rank=ranks.rank,
+            world=ranks.world,
             workers=config.data.workers,
             device=device,
             drop_last=False,
@@ -235,7 +261,8 @@ def assemble(config: RunConfig, *, scan_progress: Callable[[int, int], None] | N
             unseen,
             method,
             opened=lambda path: open_data(config, path=path),
-            tested=lambda rows: source(rows, is_training=False),
+            # neighbours are looked for among all images: every rank has all of them
+            tested=lambda rows: source(rows, is_training=False, among=ALONE),
             progress=scan_progress,
         )
     train_source = source("train", is_training=True)
@@ -361,10 +388,17 @@ def _source_images(config: RunConfig, needs: Needs, manifest: Manifest, resource
     return images
 
 
-def _source_batch(config: RunConfig, images: int) -> int:
-    """B_S: as set, else the target's batch, as far as there are images."""
+def _source_batch(config: RunConfig, images: int, world: int) -> int:
+    """B_S: as set, else the target's batch, as far as there are images.
+
+    Raises:
+        ConfigError: the ranks cannot share what was set.
+    """
     settings = _part(config.method, SoftFineTuningSettings)
-    return settings.source_batch_size or min(config.train.batch_size, images)
+    given = settings.source_batch_size
+    if given is not None and given % world:
+        raise ConfigError(_unshared("method.source_batch_size", given, world))
+    return given or max(world, min(config.train.batch_size, images) // world * world)
 
 
 def _text_features(method: Settings, classes: Sequence[str]) -> Tensor:
@@ -430,17 +464,61 @@ def _to_channels_last(encoder: torch.nn.Module) -> None:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
-def _eval_batch(config: RunConfig, images: int) -> int:
+def _eval_batch(config: RunConfig, images: int, world: int) -> int:
     """Evaluation keeps no graph, so twice the training batch fits; a small split needs no padding beyond itself."""
-    return min(2 * config.train.batch_size, images)
+    return math.ceil(min(2 * config.train.batch_size, images) / world)
 
 
-def _fitting_batch(config: RunConfig, images: int) -> RunConfig:
-    """The default batch on a data set that is smaller than it; a batch size that the user set is never changed."""
+def _fitting_batch(config: RunConfig, images: int, world: int) -> RunConfig:
+    """The default batch where the data set is smaller, or where the ranks cannot share it; a batch size that the
+    user set is never changed.
+
+    Raises:
+        ConfigError: the ranks cannot share what was set.
+    """
     train = config.train
-    if "batch_size" in train.model_fields_set or images >= train.batch_size:
+    if "batch_size" in train.model_fields_set:
+        if train.batch_size % world:
+            raise ConfigError(_unshared("train.batch_size", train.batch_size, world))
         return config
-    return config.model_copy(update={"train": train.model_copy(update={"batch_size": images})})
+    size = max(world, min(images, train.batch_size) // world * world)
+    if size == train.batch_size:
+        return config
+    return config.model_copy(update={"train": train.model_copy(update={"batch_size": size})})
+
+
+def _unshared(name: str, size: int, world: int) -> str:
+    return (
+        f"{name} counts the images of all processes and must be a multiple of their number; got {size} for {world} "
+        f"processes: take {max(1, round(size / world)) * world}"
+    )
+
+
+def _check_same_data(manifest: Manifest, ranks: Ranks) -> None:
+    """
+    Raises:
+        DataError: two ranks see other images.
+    """
+    digests = ranks.gather(manifest.digest)
+    other = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if other:
+        raise DataError(
+            f"every process must see the same images; the manifest of rank 0 is {digests[0][:12]}, that of rank "
+            f"{other[0]} is {digests[other[0]][:12]}: give all nodes the same data, or one manifest folder"
+        )
+
+
+def _checkpoint_activations(encoder: Encoder) -> None:
+    """
+    Raises:
+        ConfigError: timm has no checkpointing for this architecture.
+    """
+    try:
+        encoder.model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError):
+        raise ConfigError(
+            f"backend.activation_checkpointing: timm has none for {encoder.architecture}; set it to false"
+        ) from None
 
 
 def _check_mixing(config: RunConfig, needs: Needs) -> None:

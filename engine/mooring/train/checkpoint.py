@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from mooring.config.schema import CheckpointSettings, RunConfig
 from mooring.distributed import ALONE, Ranks
@@ -42,13 +39,17 @@ def engine_state(engine: Engine) -> dict[str, Any]:
         "loop": engine.loop,
         "rng": capture_rng(),
     }
+    # every rank has a part in bringing them together
+    weights, optimizer = engine.backend.weights(), engine.backend.state_dict()
+    if engine.backend.divided:
+        own["optimizer"] = optimizer
     parts: dict[str, Any] = {own_part(engine.backend.rank): own}
     if engine.backend.rank == 0:
         parts[SHARED] = {
             "step": engine.global_step,
             "epochs_validated": engine.epochs_validated,
-            "method": dict(engine.method.state_dict()),
-            "optimizer": _optimizer_state(engine.optimizer),
+            "method": weights,
+            "optimizer": None if engine.backend.divided else optimizer,
             "ema": None if engine.ema is None else engine.ema.state_dict(),
             "best": engine.best.state_dict(),
             "inexact": engine.inexact,
@@ -73,10 +74,12 @@ def restore_engine(engine: Engine, state: Mapping[str, Any]) -> None:
     """
     shared, own = state[SHARED], state[own_part(engine.backend.rank)]
     engine.method.load_extra_state(own["extra"])
-    engine.method.load_state_dict(shared["method"])
+    with engine.backend.whole(engine.method, write=True):
+        engine.method.load_state_dict(shared["method"])
     for name, buffer in engine.method.named_buffers():
         buffer.copy_(own["buffers"][name])
-    _load_optimizer_state(engine.optimizer, shared["optimizer"])
+    engine.hand_over()
+    engine.backend.load_state_dict(own["optimizer"] if engine.backend.divided else shared["optimizer"])
     if engine.ema is not None:
         engine.ema.load_state_dict(shared["ema"])
     engine.train_source.load_state_dict(own["source"])
@@ -233,30 +236,3 @@ def compared(engine: Engine, store: CheckpointStore, ref: CheckpointRef) -> list
         return differences(store.facts(ref), run_facts(engine))
     except ValueError as err:
         raise RunFolderError(f"{ref.folder} does not say what it was trained with ({err})") from err
-
-
-def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Per-parameter state in the order of the groups (JSON keys are strings, so a list, not a dict of ints)."""
-    saved = optimizer.state_dict()
-    count = sum(len(g["params"]) for g in saved["param_groups"])
-    # Apex counts its steps in the groups
-    groups = [
-        {k: v for k, v in g.items() if k not in ("params", "lr") and isinstance(v, int | float)}
-        for g in saved["param_groups"]
-    ]
-    return {"state": [saved["state"].get(i) for i in range(count)], "groups": groups}
-
-
-def _load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    fresh = optimizer.state_dict()
-    for group, saved in zip(fresh["param_groups"], state["groups"], strict=True):
-        group.update(saved)
-    # a copy: torch keeps references, and two optimizers would write into one momentum buffer
-    fresh["state"] = copy.deepcopy({i: s for i, s in enumerate(state["state"]) if s is not None})
-    optimizer.load_state_dict(fresh)
-    # torch's fused optimizers walk parameter and buffers in memory order and do not compare strides: a buffer
-    # that came back contiguous beside a channels_last parameter would be applied to the wrong elements
-    for parameter, buffers in optimizer.state.items():
-        for name, buffer in buffers.items():
-            if torch.is_tensor(buffer) and buffer.shape == parameter.shape:
-                buffers[name] = torch.empty_like(parameter, dtype=buffer.dtype).copy_(buffer)

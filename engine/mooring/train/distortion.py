@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mooring.collectives import all_reduce_
 from mooring.data.batch import Batch
+from mooring.distributed import Ranks
 from mooring.errors import DataError
 
 
@@ -34,7 +36,11 @@ class Distortion:
 
 @torch.no_grad()
 def feature_distortion(
-    before: nn.Module, after: nn.Module, source: Iterable[Batch], device: torch.device | str
+    before: nn.Module,
+    after: nn.Module,
+    source: Iterable[Batch],
+    device: torch.device | str,
+    ranks: Ranks | None = None,
 ) -> Distortion:
     """``mean_i cos(f_0(x_i), f(x_i))`` and ``mean_i |f(x_i) - f_0(x_i)|_2``, in fp32.
 
@@ -44,6 +50,7 @@ def feature_distortion(
         before, after: images [B, 3, H, W] -> features [B, D], both in eval mode.
         source: batches.
         device: where both networks are.
+        ranks: those that share the rows; the result is that of all rows, on each.
 
     Raises:
         DataError: there is no image.
@@ -61,6 +68,9 @@ def feature_distortion(
         totals[0] += F.cosine_similarity(old, new, dim=1).double().sum()
         totals[1] += (new - old).double().norm(dim=1).sum()
         n += len(images)
+    if ranks is not None and ranks.world > 1:
+        n = sum(ranks.gather(n))
+        all_reduce_(totals, ranks, "evaluation")
     if n == 0:
         raise DataError("nothing to measure the distortion of features on: no image")
     cosine, distance = (totals / n).tolist()

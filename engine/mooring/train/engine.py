@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from math import inf
 from pathlib import Path
 from types import TracebackType
@@ -13,12 +14,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from mooring.collectives import all_reduce_
 from mooring.config.load import absolute_paths, as_started, to_toml
 from mooring.config.schema import RunConfig
 from mooring.data.batch import Batch
 from mooring.data.source import EpochSource
+from mooring.distributed import init_from_environment
 from mooring.errors import ConfigError, RunFolderError
 from mooring.methods.base import At, SetupContext, StepOutput
+from mooring.models.batchnorm_sync import average_statistics_
 from mooring.report.progress import Progress
 from mooring.report.run_folder import check_run_folder, open_run_folder
 from mooring.state.store import CheckpointRef
@@ -58,6 +62,7 @@ class Engine:
         self.parts = parts
         self.method = parts.method
         self.backend = parts.backend
+        self.ranks = parts.backend.ranks
         self.optimizer = parts.optimizer
         self.schedule = parts.schedule
         self.ema = parts.ema
@@ -75,12 +80,17 @@ class Engine:
         self._checkpoints: Checkpoints | None = None
         self.best = BestEpoch()
         train = self.config.train
-        self.mixer = Mixer(train.mixup, train.cutmix, parts.num_classes, self.config.seed)
+        # each rank mixes its own rows
+        seed = self.config.seed + self.ranks.rank
+        self.mixer = Mixer(train.mixup, train.cutmix, parts.num_classes, seed)
         self._ready = False
+        self._handed_over = False
 
     @classmethod
     def build(cls, config: RunConfig, *, scan_progress: Callable[[int, int], None] | None = None) -> Engine:
         """Builds everything a run needs; nothing is written to the run folder yet.
+
+        Where a launcher started several processes (torchrun, deepspeed), each calls this, and they join here.
 
         Args:
             config: checked settings.
@@ -89,12 +99,23 @@ class Engine:
         Raises:
             MooringError: settings, data, weights or output folder cannot be used; says what to do.
         """
+        ranks = init_from_environment(timeout=timedelta(minutes=config.backend.timeout_minutes))
+        config = ranks.broadcast(config)
         if config.out is not None:
-            check_run_folder(config.out, resume=run_to_continue(config) is not None)
+            out = config.out
+            ranks.on_first(lambda: check_run_folder(out, resume=run_to_continue(config) is not None))
         seed_everything(config.seed)
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)
-        return cls(assemble(absolute_paths(config), scan_progress=scan_progress))
+        try:
+            engine = cls(assemble(absolute_paths(config), scan_progress=scan_progress, ranks=ranks))
+        except Exception as err:
+            ranks.agree(err)
+            raise
+        ranks.agree(None)
+        if ranks.world > 1:  # equal until here, so that all ranks draw the same weights
+            seed_everything(config.seed + ranks.rank)
+        return engine
 
     @property
     def steps_per_epoch(self) -> int:
@@ -146,12 +167,19 @@ class Engine:
         )
         if self.ema is not None:
             self.ema.copy_from(self.method)  # the set-up may have changed weights
+        self.hand_over()
         self._ready = True  # only now: a set-up that was broken off has to be done again
 
     @property
     def is_ready(self) -> bool:
         """Whether the method is set up: before that there is no state to save."""
         return self._ready
+
+    def hand_over(self) -> None:
+        """Gives method and optimizer to the backend, once, when the method has the weights that it starts with."""
+        if not self._handed_over:
+            self.backend.prepare(self.method, self.optimizer)
+            self._handed_over = True
 
     def _set_up_batches(self, source: EpochSource, check: Callable[[], None] | None) -> Iterator[Batch]:
         try:
@@ -188,23 +216,28 @@ class Engine:
         outputs: list[StepOutput] = []
         placed: list[Batch] = []
         for micro, item in enumerate(group):
-            moved = self._with_source(self.mixer(item.to(self.backend.device)))
-            with self.backend.autocast():
-                output = self.method(moved, self._at(micro, micros))
-            self.backend.backward(output.loss / micros)
+            moved = self._counted(self._with_source(self.mixer(item.to(self.backend.device))))
+            output = self.backend.forward(moved, self._at(micro, micros))
+            self.backend.backward(output.loss / micros, last=micro == micros - 1)
             outputs.append(output)
             placed.append(moved)
         metrics = _sum_metrics(outputs)
         if self.config.train.clip_grad_norm is not None:
-            trained = [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
-            metrics["grad_norm"] = self.backend.clip(trained, self.config.train.clip_grad_norm)
-        self.backend.step(self.optimizer)
+            metrics["grad_norm"] = self.backend.clip(self.config.train.clip_grad_norm)
+        self.backend.step()
         self.method.after_step(outputs, placed, self._at(0, micros))
         if self.ema is not None:
             self.ema.update(self.method)
         result = StepResult(self.global_step, metrics["loss"], metrics, outputs[-1].logits.detach(), lr)
         self.global_step += 1
         return result
+
+    def _counted(self, batch: Batch) -> Batch:
+        """The batch with the number of rows that it is a part of."""
+        if self.ranks.world == 1:
+            return batch
+        total = all_reduce_((batch.labels >= 0).sum().float(), self.ranks, "rows")
+        return replace(batch, mean_rows=total / self.ranks.world)
 
     def _with_source(self, batch: Batch) -> Batch:
         """The batch with as many rows of the source stream as this step reads."""
@@ -214,6 +247,7 @@ class Engine:
         if rows == 0:
             self.source_stream.close()  # what reads ahead would read for nothing
             return batch
+        rows = -(-rows // self.ranks.world)
         return replace(batch, source=self.source_stream.take(rows).to(self.backend.device))
 
     def _set_learning_rates(self) -> float:
@@ -267,6 +301,8 @@ class Engine:
     @contextmanager
     def _evaluated_weights(self) -> Iterator[None]:
         """Eval mode and, where kept, the weight EMA."""
+        if not self.config.train.sync_batchnorm:
+            average_statistics_(self.method, self.ranks)
         was_training = self.method.training
         self.method.eval()
         try:
@@ -287,7 +323,7 @@ class Engine:
         source.rewind()
         batches = source if check is None else _checked(source, check)
         with self._evaluated_weights():
-            return feature_distortion(before, self.method.encoder, batches, self.backend.device)
+            return feature_distortion(before, self.method.encoder, batches, self.backend.device, self.ranks)
 
     def discrimination(self, *, check: Callable[[], None] | None = None) -> Discrimination:
         """What the encoder tells apart of classes that the run is not about, and of the source task.
@@ -320,12 +356,14 @@ class Engine:
 
     def _evaluate(self, source: EpochSource, check: Callable[[], None] | None) -> EvalResult:
         source.rewind()
+        self.hand_over()
         return evaluate(
-            self.method.predict,
+            self.backend.predict,
             source if check is None else _checked(source, check),
             self.parts.num_classes,
             device=self.backend.device,
             autocast=self.backend.autocast,
+            ranks=self.ranks,
         )
 
     # ---------------------------------------------------------------- state
@@ -342,12 +380,11 @@ class Engine:
         """
         checkpoint.restore_engine(self, state)
         self._ready = True
-        self.method.train()  # a method decides itself what of it trains: a new module does not know that yet
 
     def open_checkpoints(self, run: Path) -> Checkpoints:
         """The checkpoints that this engine writes, in the run folder; the same ones at every call."""
         if self._checkpoints is None:
-            self._checkpoints = checkpoint.open_checkpoints(run, self.config.checkpoint)
+            self._checkpoints = checkpoint.open_checkpoints(run, self.config.checkpoint, self.ranks)
         return self._checkpoints
 
     def save(self, reason: str) -> CheckpointRef:
@@ -363,9 +400,14 @@ class Engine:
         if self._checkpoints is None:
             if self.config.out is None:
                 raise ConfigError("save needs a run folder: set out=FOLDER")
-            run = open_run_folder(self.config.out, resume=run_to_continue(self.config) is not None)
-            run.write_text("config.toml", to_toml(as_started(self.config)))
-            self.open_checkpoints(run.path)
+            out = self.config.out
+
+            def opened() -> None:
+                run = open_run_folder(out, resume=run_to_continue(self.config) is not None)
+                run.write_text("config.toml", to_toml(as_started(self.config)))
+
+            self.ranks.on_first(opened)
+            self.open_checkpoints(out)
         assert self._checkpoints is not None
         self._checkpoints.save(self, reason)
         ref = self._checkpoints.wait()
@@ -388,9 +430,13 @@ class Engine:
         """
         if allow_inexact is None:
             allow_inexact = self.config.allow_inexact
-        found = checkpoint.resume(self, ref, allow_inexact=allow_inexact)
+        try:
+            found = checkpoint.resume(self, ref, allow_inexact=allow_inexact)
+        except Exception as err:
+            self.ranks.agree(err)
+            raise
+        self.ranks.agree(None)
         self._ready = self.is_resumed = True
-        self.method.train()  # as after the set-up, which a resumed run does not do again
         return found
 
     # ---------------------------------------------------------------- the whole run

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mooring.collectives import all_reduce_
 from mooring.data.batch import Batch
+from mooring.distributed import Ranks
 from mooring.errors import DataError
 from mooring.models.torchvision_shim import import_torchvision
 
@@ -75,11 +77,13 @@ def evaluate(
     autocast: Autocast = nullcontext,
     *,
     predictions: bool = False,
+    ranks: Ranks | None = None,
 ) -> EvalResult:
     """Runs a classifier over a source and measures it. Switching to eval mode is the caller's part.
 
     Rows with label -1 count nowhere. Logits are taken to fp32 before anything is computed. Counts stay on
-    the device until the end.
+    the device until the end. Over several ranks each brings its share of the rows, and every rank gets the result
+    for all of them: the same numbers, those of a single process but for the order in which sums are rounded.
 
     Args:
         predict_fn: images [B, 3, H, W] -> logits [B, C].
@@ -87,7 +91,8 @@ def evaluate(
         num_classes: C >= 2.
         device: where to compute.
         autocast: context factory of the run's precision.
-        predictions: also return the probabilities per image.
+        predictions: also return the probabilities per image, of this rank's rows.
+        ranks: those that share the rows; None: this process has them all.
 
     Raises:
         DataError: a label is not below C, or no row has a label.
@@ -100,13 +105,18 @@ def evaluate(
     )
 
     device = torch.device(device)
-    checked = {"num_classes": num_classes, "validate_args": False}  # what it would check is checked below
+    ranks = ranks or Ranks()
+    # what it would check is checked below; ranks are brought together below, in one place
+    checked = {"num_classes": num_classes, "validate_args": False, "sync_on_compute": False}
     top5 = MulticlassAccuracy(top_k=min(5, num_classes), average="micro", **checked).to(device)
     calibration = MulticlassCalibrationError(n_bins=ECE_BINS, norm="l1", **checked).to(device)
     confusion = MulticlassConfusionMatrix(**checked).to(device)
     nll = torch.zeros((), dtype=torch.float64, device=device)
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     n = 0
+    problem: DataError | None = (
+        None  # raised by all ranks together: one that stopped alone would leave them waiting
+    )
     for batch, logits in _forward(predict_fn, source, device, autocast):
         if predictions:
             rows.append(_row(batch, logits))
@@ -115,11 +125,13 @@ def evaluate(
         n += len(labels)
         if not len(labels):
             continue
-        if int(labels.max()) >= num_classes:
-            raise DataError(
+        if problem is None and int(labels.max()) >= num_classes:
+            problem = DataError(
                 f"labels must be below {num_classes}, the classes of the model; got {int(labels.max())}: "
                 "the data set has other classes than the one the model was trained on"
             )
+        if problem is not None:
+            continue
         probabilities = logits.softmax(1)
         nll += F.cross_entropy(logits, labels, reduction="sum")
         top5.update(probabilities, labels)
@@ -127,6 +139,17 @@ def evaluate(
         # from the logits: two probabilities may round to the same number
         confusion.update(logits.argmax(1), labels)
 
+    ranks.agree(problem)
+    if ranks.world > 1:
+        n = sum(ranks.gather(n))
+        for metric in (top5, confusion):
+            for name in metric._defaults:
+                all_reduce_(getattr(metric, name), ranks, "evaluation")
+        all_reduce_(nll, ranks, "evaluation")
+        # two numbers per row, which the calibration error sums by bin
+        for name in ("confidences", "accuracies"):
+            parts = ranks.gather([part.cpu() for part in getattr(calibration, name)])
+            setattr(calibration, name, [part.to(device) for rank in parts for part in rank])
     if n == 0:
         raise DataError("nothing to evaluate: no row has a label")
     counts = confusion.compute().cpu()

@@ -6,6 +6,7 @@ import errno
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from mooring.models.encoder import Encoder
 from mooring.models.export import export
 from mooring.models.front_door import save_front_door
 from mooring.report.environment import write_environment
-from mooring.report.metrics_log import DISCRIMINATION, MetricsLog, cut_log, read_metrics
+from mooring.report.metrics_log import DISCRIMINATION, MetricsLog, NoLog, cut_log, read_metrics
 from mooring.report.plots import draw_run
 from mooring.report.progress import Progress, make_progress
 from mooring.report.run_folder import LOG_BYTES, RunFolder, default_run_name, open_run_folder
@@ -60,9 +61,12 @@ class Fit:
         self.folder = folder
         self.test = test
         report = engine.config.report
-        self.log = MetricsLog(folder.path, tensorboard=report.tensorboard)
-        self.progress = progress or make_progress(report.progress)
-        self.interrupt = Interrupt(lambda: self.progress.note("interrupted: finishing this step"))
+        self.ranks = engine.ranks
+        # rank 0 writes and speaks for all
+        first = self.ranks.is_first
+        self.log = MetricsLog(folder.path, tensorboard=report.tensorboard) if first else NoLog()
+        self.progress = progress or make_progress(report.progress if first else "quiet")
+        self.interrupt = Interrupt(lambda: self.progress.note("interrupted: finishing this step"), self.ranks)
         self.checkpoints = engine.open_checkpoints(folder.path)
         # steps and validated epochs of the newest checkpoint
         self.saved = (engine.global_step, engine.epochs_validated) if engine.is_resumed else None
@@ -72,7 +76,7 @@ class Fit:
         self.seconds_training: float = before.get("seconds_training", 0.0)
         self.images: int = before.get("images", 0)
         # since the last line of the log
-        self.running = RunningMetrics()
+        self.running = RunningMetrics(self.ranks)
         if "running" in before:
             self.running.load_state_dict(before["running"], engine.backend.device)
         self.rows_since: int = before.get("rows_since", 0)
@@ -106,7 +110,7 @@ class Fit:
                 preempted=stopped is not None and stopped.preempted,
                 extra_tests=extra,
                 distortion=distortion,
-                discrimination=self._discrimination(),
+                discrimination=self.ranks.on_first(self._discrimination),
             )
             self._record(result)
             return result
@@ -143,7 +147,11 @@ class Fit:
         engine = self.engine
         engine.prepare(check=self.interrupt.check)
         self.interrupt.check()
-        if engine.parts.held_out is not None and engine.global_step == 0 and not self._measured_before():
+        if (
+            engine.parts.held_out is not None
+            and engine.global_step == 0
+            and not self.ranks.on_first(self._measured_before)
+        ):
             self._log_discrimination(0, engine.discrimination(check=self.interrupt.check))
         while True:
             # also true right after a resume, where the first part was stopped during validation
@@ -178,7 +186,7 @@ class Fit:
         for group in engine.epoch_groups():
             result = engine.step(group)
             self.running.add(result.metrics)
-            self.rows_since += sum(b.labels.shape[0] for b in group)
+            self.rows_since += self.ranks.world * sum(b.labels.shape[0] for b in group)
             last = engine.global_step % engine.steps_per_epoch == 0
             means: dict[str, float] | None = None
             if engine.global_step % engine.config.report.log_every == 0 or last:
@@ -233,12 +241,8 @@ class Fit:
         engine = self.engine
         with self._averaged():
             self._export()
-            best = {
-                "epoch": engine.best.epoch,
-                "method": dict(engine.method.state_dict()),
-                "val": _as_tree(val),
-            }
-            save_tree(self.folder.path / "best", best, replace=True)
+            best = {"epoch": engine.best.epoch, "method": engine.backend.weights(), "val": _as_tree(val)}
+            self.ranks.on_first(partial(save_tree, self.folder.path / "best", best, replace=True))
 
     def _averaged(self) -> AbstractContextManager[None]:
         """The weights that are evaluated and exported: the average where the run keeps one."""
@@ -246,6 +250,10 @@ class Fit:
         return nullcontext() if engine.ema is None else engine.ema.applied_to(engine.method)
 
     def _export(self) -> None:
+        with self.engine.backend.whole(self.engine.method):
+            self.ranks.on_first(self._export_here)
+
+    def _export_here(self) -> None:
         encoder, head = self.engine.method.exported()
         extra: dict[str, Any] = {"method": method_title(self.engine.config.method)}
         if (beside := self.engine.method.exported_front_door()) is not None:
@@ -277,7 +285,7 @@ class Fit:
 
     def _best_epoch(self) -> tuple[EvalResult, dict[str, Tensor]]:
         """Validation result and weights of the best epoch."""
-        best = load_tree(self.folder.path / "best")
+        best = self.ranks.on_first(partial(load_tree, self.folder.path / "best"))
         if best["epoch"] != self.engine.best.epoch:
             raise RunFolderError(
                 f"{self.folder.path / 'best'} holds epoch {best['epoch'] + 1}, the best one of this run is "
@@ -291,17 +299,19 @@ class Fit:
         self.checkpoints.wait()  # the weights are about to be exchanged for the best ones
         assert engine.best.epoch is not None  # every finished run has validated
         val, weights = self._best_epoch()
-        engine.method.load_state_dict(weights)
+        with engine.backend.whole(engine.method, write=True):
+            engine.method.load_state_dict(weights)
         if engine.ema is not None:
             engine.ema.copy_from(engine.method)  # the best weights are averaged already
         if engine.test_source is None or not self.test:
             return val, None
         tested = self.folder.path / "test"
-        if tested.is_dir():  # a finished run that is resumed: the test split is looked at once
-            test = _from_tree(load_tree(tested))
+        before = self.ranks.on_first(partial(_load_if_there, tested))
+        if before is not None:  # a finished run that is resumed: the test split is looked at once
+            test = _from_tree(before)
         else:
             test = engine.evaluate(engine.test_source, check=self.interrupt.check)
-            save_tree(tested, _as_tree(test))
+            self.ranks.on_first(partial(save_tree, tested, _as_tree(test)))
         self._log_eval("test", engine.best.epoch, test)  # the log of a resumed run was cut before this line
         return val, test
 
@@ -315,13 +325,12 @@ class Fit:
         for name, source in engine.extra_test_sources.items():
             tested = self.folder.path / "extra_test" / name
             path = str(engine.config.data.extra_test[name])
-            before = load_tree(tested) if tested.is_dir() else None
+            before = self.ranks.on_first(partial(_load_if_there, tested))
             if before is not None and before["path"] == path:
                 found[name] = _from_tree(before)
             else:
                 found[name] = engine.evaluate(source, check=self.interrupt.check)
-                tested.parent.mkdir(exist_ok=True)
-                save_tree(tested, _as_tree(found[name]) | {"path": path}, replace=True)
+                self.ranks.on_first(partial(_save_below, tested, _as_tree(found[name]) | {"path": path}))
             self._log_eval(f"test/{name}", engine.best.epoch, found[name])
         return found
 
@@ -357,6 +366,9 @@ class Fit:
         return found
 
     def _record(self, result: RunResult) -> None:
+        self.ranks.on_first(lambda: self._record_here(result))
+
+    def _record_here(self, result: RunResult) -> None:
         shown = result.test or result.val
         self.folder.write_json(
             "result.json",
@@ -386,6 +398,15 @@ class Fit:
                 classes,
                 split="test" if result.test else "val",
             )
+
+
+def _load_if_there(folder: Path) -> dict[str, Any] | None:
+    return load_tree(folder) if folder.is_dir() else None
+
+
+def _save_below(folder: Path, tree: dict[str, Any]) -> None:
+    folder.parent.mkdir(exist_ok=True)
+    save_tree(folder, tree, replace=True)
 
 
 def _as_tree(result: EvalResult) -> dict[str, Any]:
@@ -420,16 +441,17 @@ def fit(engine: Engine, *, test: bool = True, progress: Progress | None = None) 
 
 def _fit(engine: Engine, test: bool, progress: Progress | None) -> RunResult:
     config = engine.config
-    begun = run_to_continue(config)
-    out = begun or config.out or Path("runs") / default_run_name(config)
+    ranks = engine.ranks
+    begun = ranks.on_first(partial(run_to_continue, config))
+    out = ranks.broadcast(
+        begun or config.out or Path("runs") / default_run_name(config)
+    )  # its name holds the time
     try:
         need = LOG_BYTES + _checkpoint_bytes(engine, begun=begun is not None)
-        folder = open_run_folder(out, resume=begun is not None, need_bytes=need)
+        folder = ranks.on_first(partial(open_run_folder, out, resume=begun is not None, need_bytes=need))
         # first: a refused resume must leave the folder as it was
         notes, inexact = ([], []) if begun is None else _continue(engine, begun)
-        folder.write_text("config.toml", to_toml(as_started(config)))
-        write_environment(folder)
-        engine.parts.manifest.save(folder.path / "manifest")
+        ranks.on_first(partial(_describe, engine, folder))
         run = Fit(engine, folder, test=test, progress=progress)
         for note in notes:
             run.progress.note(note)
@@ -450,6 +472,12 @@ def _fit(engine: Engine, test: bool, progress: Progress | None) -> RunResult:
         raise
 
 
+def _describe(engine: Engine, folder: RunFolder) -> None:
+    folder.write_text("config.toml", to_toml(as_started(engine.config)))
+    write_environment(folder)
+    engine.parts.manifest.save(folder.path / "manifest")
+
+
 def _continue(engine: Engine, run: Path) -> tuple[list[str], list[str]]:
     """Puts the run where its newest whole checkpoint left it, or at its beginning.
 
@@ -466,8 +494,9 @@ def _continue(engine: Engine, run: Path) -> tuple[list[str], list[str]]:
     else:
         inexact = [str(difference) for difference in engine.resume(found.ref) if difference.breaks]
         notes += [f"not bit for bit the run that was started: {difference}" for difference in inexact]
-    store.tidy(found.damaged)
-    return notes + cut_log(run, engine.loop.get("log", {})), inexact
+    engine.ranks.on_first(partial(store.tidy, found.damaged))
+    notes += engine.ranks.on_first(lambda: cut_log(run, engine.loop.get("log", {})))
+    return notes, inexact
 
 
 def _disk_is_full(err: BaseException) -> bool:

@@ -10,6 +10,10 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+import torch
+
+from mooring.distributed import ALONE, Ranks
+
 # A scheduler that takes the machine away sends one of these, often to every process of the job.
 _PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)
 # One preemption may arrive more than once, from the scheduler and from a parent process that passes it on.
@@ -33,10 +37,12 @@ class Interrupt:
 
     Args:
         on_request: called once, from the signal handler, when the request comes in.
+        ranks: those that stop together, wherever the signal came in; they ask at the same points.
     """
 
-    def __init__(self, on_request: Callable[[], None]) -> None:
+    def __init__(self, on_request: Callable[[], None], ranks: Ranks = ALONE) -> None:
         self._on_request = on_request
+        self._ranks = ranks
         self._requested: int | None = None
         self._when = 0.0
         self._before: dict[int, Any] = {}
@@ -71,7 +77,8 @@ class Interrupt:
         """A safe point.
 
         Raises:
-            Stopped: a signal came in.
+            Stopped: a signal came in, here or on another rank.
         """
-        if self._requested is not None:
-            raise Stopped(preempted=self._requested in _PREEMPTION)
+        asked = self._ranks.all_reduce_(torch.tensor(self._requested or 0), "max").item()
+        if asked:
+            raise Stopped(preempted=asked in _PREEMPTION)

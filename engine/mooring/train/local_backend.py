@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from mooring.data.batch import Batch
+from mooring.distributed import Ranks
+from mooring.methods.base import At, Method, StepOutput
+from mooring.train.optimizer_state import load_optimizer_state, optimizer_state
 from mooring.train.precision import autocast_dtype
 
 
@@ -19,12 +25,15 @@ class LocalBackend:
     """
 
     name = "local"
-    rank = 0
-    world = 1
 
     def __init__(self, device: torch.device, precision: str) -> None:
         self.device = device
+        self.ranks = Ranks()
         self.dtype = autocast_dtype(precision)
+        self.rank, self.world = 0, 1
+        self.divided = False
+        self.method: Method
+        self.optimizer: Optimizer
 
     def autocast(self) -> AbstractContextManager[object]:
         """A context in which matrix products and convolutions run in the run's precision."""
@@ -32,13 +41,39 @@ class LocalBackend:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def backward(self, loss: Tensor) -> None:
+    def prepare(self, method: Method, optimizer: Optimizer) -> None:
+        self.method, self.optimizer = method, optimizer
+
+    def forward(self, batch: Batch, at: At) -> StepOutput:
+        with self.autocast():
+            return self.method(batch, at)
+
+    def predict(self, images: Tensor) -> Tensor:
+        return self.method.predict(images)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
-    def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
+    def clip(self, limit: float) -> Tensor:
         """Scales the gradients to at most ``limit`` in L2 norm; returns the norm before (device scalar)."""
-        return nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+        return nn.utils.clip_grad_norm_(self._trained(), limit, foreach=True)
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def _trained(self) -> list[nn.Parameter]:
+        """Parameters that this step has a gradient for."""
+        return [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self.method.state_dict())
+
+    def whole(self, module: nn.Module, *, write: bool = False) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def state_dict(self) -> dict[str, Any]:
+        return optimizer_state(self.optimizer)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        load_optimizer_state(self.optimizer, state)

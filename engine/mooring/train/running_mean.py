@@ -8,14 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mooring.collectives import all_reduce_
+from mooring.distributed import Ranks
+
 
 class RunningMetrics:
     """Sums device scalars over steps without waiting for them; ``drain`` is the only host sync.
 
-    ``rows`` and ``correct`` become ``top1``; every other metric becomes its mean over the steps that had it.
+    ``rows`` and ``correct`` become ``top1``; every other metric becomes its mean over the steps that had it, and over
+    the ranks: all of them add the same metrics in the same steps, and drain together.
+
+    Args:
+        ranks: whose metrics are brought together.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self._ranks = ranks or Ranks()
         self._sums: dict[str, Tensor] = {}
         self._steps: dict[str, int] = {}
 
@@ -30,11 +38,12 @@ class RunningMetrics:
         if not self._sums:
             return {}
         names = list(self._sums)
-        values = torch.stack([self._sums[n].float() for n in names]).tolist()
+        stacked = torch.stack([self._sums[n].float() for n in names])
+        values = all_reduce_(stacked, self._ranks, "metrics").tolist()
         sums = dict(zip(names, values, strict=True))
         steps, self._steps, self._sums = self._steps, {}, {}
         rows, correct = sums.pop("rows", 0.0), sums.pop("correct", 0.0)
-        means = {name: value / steps[name] for name, value in sums.items()}
+        means = {name: value / (steps[name] * self._ranks.world) for name, value in sums.items()}
         if rows:
             means["top1"] = correct / rows
         return means

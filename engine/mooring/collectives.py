@@ -1,0 +1,121 @@
+"""Exchanges of tensors inside a training step, with gradients where a loss needs them, and their bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mooring.distributed import Ranks
+
+# the newer name, where there is one: the older warns
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Traffic:
+    """Bytes that this rank hands to exchanges, by what they are for; how many cross a link is the algorithm's matter.
+
+    A ring sends 2 (W - 1) / W of an all-reduce's bytes, W - 1 times those of an all-gather.
+    """
+
+    def __init__(self) -> None:
+        self.bytes: Counter[str] = Counter()
+
+    def count(self, tensor: Tensor, purpose: str) -> None:
+        self.bytes[purpose] += tensor.numel() * tensor.element_size()
+
+    def since(self, before: Counter[str]) -> dict[str, int]:
+        """Bytes by purpose on top of an earlier copy of ``bytes``."""
+        return {name: count for name, count in (self.bytes - before).items() if count}
+
+
+TRAFFIC = Traffic()
+
+
+def all_reduce_(tensor: Tensor, ranks: Ranks, purpose: str) -> Tensor:
+    """The sum over ranks, in place, counted; without gradient. Returns the tensor."""
+    if ranks.world > 1:
+        TRAFFIC.count(tensor, purpose)
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_(tensor: Tensor, ranks: Ranks, purpose: str) -> Tensor:
+    """Rank 0's values, in place, counted. Returns the tensor."""
+    if ranks.world > 1:
+        TRAFFIC.count(tensor, purpose)
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
+def gather_rows(rows: Tensor, ranks: Ranks, purpose: str) -> Tensor:
+    """Every rank's rows, rank after rank, on every rank; without gradient.
+
+    Args:
+        rows: [B, ...], the same shape and dtype on every rank.
+        ranks: who takes part.
+        purpose: what the bytes are counted under.
+
+    Returns:
+        [world B, ...]; ``rows`` itself on a single rank.
+    """
+    rows = rows.detach()
+    if ranks.world == 1:
+        return rows
+    TRAFFIC.count(rows, purpose)
+    every = rows.new_empty(ranks.world * rows.shape[0], *rows.shape[1:])
+    _all_gather(every, rows.contiguous())
+    return every
+
+
+def summed(tensor: Tensor, ranks: Ranks, purpose: str) -> Tensor:
+    """The sum over ranks, with gradient: that of the sum of all ranks' losses."""
+    if ranks.world == 1:
+        return tensor
+    return _Summed.apply(tensor, ranks, purpose)
+
+
+def all_rows(rows: Tensor, ranks: Ranks, purpose: str) -> Tensor:
+    """``gather_rows`` with gradient, for a loss that every rank computes from all rows, the same on each.
+
+    The gradient of a rank's own rows is ``world`` times what its loss gives them, so that the mean of the ranks'
+    gradients is that of the one loss. Nothing is sent on the way back.
+
+    Args:
+        rows: [B, ...], the same shape on every rank.
+        ranks: who takes part.
+        purpose: what the bytes are counted under.
+
+    Returns:
+        [world B, ...].
+    """
+    if ranks.world == 1:
+        return rows
+    return _AllRows.apply(rows, ranks, purpose)
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, ranks: Ranks, purpose: str) -> Tensor:
+        ctx.ranks, ctx.purpose = ranks, purpose
+        return all_reduce_(tensor.detach().clone(memory_format=torch.contiguous_format), ranks, purpose)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        return all_reduce_(total, ctx.ranks, ctx.purpose), None, None
+
+
+class _AllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ranks: Ranks, purpose: str) -> Tensor:
+        ctx.ranks, ctx.rows = ranks, rows.shape[0]
+        return gather_rows(rows, ranks, purpose)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        first = ctx.ranks.rank * ctx.rows
+        return ctx.ranks.world * grad[first : first + ctx.rows], None, None

@@ -1,0 +1,254 @@
+"""DeepSpeed's ZeRO: optimizer state, gradients and parameters divided among the ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mooring.config.schema import RunConfig
+from mooring.data.batch import Batch
+from mooring.distributed import Ranks
+from mooring.errors import require
+from mooring.methods.base import At, Method, StepOutput
+from mooring.models.partition import chunks, whole
+from mooring.train.deepspeed_config import deepspeed_config
+from mooring.train.local_backend import LocalBackend
+from mooring.train.optimizer_state import load_optimizer_state, optimizer_state
+
+
+class DeepSpeedBackend(LocalBackend):
+    """Runs the method inside a DeepSpeed engine.
+
+    What is divided, by ``backend.zero_stage``: 0 nothing; 1 the optimizer's state; 2 gradients too; 3 parameters too.
+    The gradient is the mean over ranks. The optimizer is the run's own, over flat parts of the parameters.
+
+    Where a phase of a method leaves parameters without a gradient (LP-FT's probe, at rate factor 0), DeepSpeed
+    gives them one of zero; their optimizer state is kept at its start, as if they had had none.
+
+    Args:
+        config: of the run.
+        device, precision: as ``LocalBackend``.
+        ranks: all that train together, in one process group; one rank works too.
+
+    Raises:
+        ConfigError: settings that DeepSpeed cannot honour, or that contradict ours.
+        MissingDependencyError: it is not installed.
+    """
+
+    name = "deepspeed"
+
+    def __init__(self, config: RunConfig, device: torch.device, precision: str, ranks: Ranks) -> None:
+        super().__init__(device, precision)
+        self.ranks = ranks
+        self.rank, self.world = ranks.rank, ranks.world
+        self.stage = config.backend.zero_stage
+        self.divided = self.stage > 0
+        self.settings = deepspeed_config(config)
+        self._deepspeed = _import(device)
+        self._engine: Any = None
+        self._limit: float | None = None
+        self._resting: list[int] = []
+
+    def prepare(self, method: Method, optimizer: Optimizer) -> None:
+        super().prepare(method, optimizer)
+        if self.world > 1:
+            with torch.no_grad():
+                for tensor in (*method.parameters(), *method.buffers()):
+                    dist.broadcast(tensor, 0)
+        if self.divided:
+            optimizer.state.clear()  # of whole parameters; DeepSpeed steps flat ones
+        self._module = _Forward(method)
+        self._engine, *_ = self._deepspeed.initialize(
+            model=self._module, optimizer=optimizer, config=self.settings, dist_init_required=False
+        )
+
+    def forward(self, batch: Batch, at: At) -> StepOutput:
+        with self.autocast():
+            loss = self._engine(batch, at)
+        output = self._module.taken()
+        output.loss = loss
+        return output
+
+    def predict(self, images: Tensor) -> Tensor:
+        return self._engine(images, None)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss)
+
+    def clip(self, limit: float) -> Tensor:
+        """The norm of the gradient of all ranks; the step scales by it, where the run's settings say so."""
+        if not self.divided:
+            return super().clip(limit)
+        norm = self._norm()
+        return norm if isinstance(norm, Tensor) else torch.tensor(float(norm), device=self.device)
+
+    def _norm(self) -> Any:
+        zero = self._engine.optimizer
+        if self.stage < 3:
+            return zero.scaled_global_norm()
+        from deepspeed.runtime.utils import combine_grad_norm_groups  # where stage 3's own step has it from
+
+        zero._partition_all_parameters()
+        return combine_grad_norm_groups(zero._get_norm_groups())
+
+    def step(self) -> None:
+        resting = [i for i, group in enumerate(self.optimizer.param_groups) if group["lr"] == 0.0]
+        self._engine.step()
+        if self.divided:
+            for i in resting:
+                self._reset(i)
+
+    def _flat(self, group: int) -> list[Tensor]:
+        """This rank's flat parts of the parameters of one group, that the optimizer steps."""
+        zero = self._engine.optimizer
+        if self.stage < 3:
+            return [zero.single_partition_of_fp32_groups[group]]
+        return [
+            flat
+            for flat, owner in zip(
+                zero.fp32_partitioned_groups_flat, zero.sub_group_to_group_id.values(), strict=True
+            )
+            if owner == group
+        ]
+
+    def _reset(self, group: int) -> None:
+        for flat in self._flat(group):
+            for value in self.optimizer.state.get(flat, {}).values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+
+    # ---------------------------------------------------------------- weights and state
+
+    def weights(self) -> dict[str, Tensor]:
+        """On the CPU where parameters are divided: no GPU has room for all of them."""
+        found = dict(self.method.state_dict())
+        if self.stage == 3:
+            names = {id(p): name for name, p in self.method.named_parameters()}
+            for chunk in chunks(self.method.parameters()):
+                with whole(chunk):
+                    for p in chunk:
+                        found[names[id(p)]] = p.detach().cpu().clone()
+        return found
+
+    @contextmanager
+    def whole(self, module: nn.Module, *, write: bool = False) -> Iterator[None]:
+        if self._engine is None:
+            yield
+            return
+        parameters = list(module.parameters())
+        with whole(parameters, write=write):
+            offload = getattr(self._engine.optimizer, "parameter_offload", None) if self.stage == 3 else None
+            if offload is not None:
+                _remove_hooks(offload)
+            try:
+                yield
+                if write:
+                    self._refresh_masters(parameters)
+            finally:
+                if offload is not None:
+                    offload._register_deepspeed_module(offload.module)
+
+    @torch.no_grad()
+    def _refresh_masters(self, parameters: list[nn.Parameter]) -> None:
+        """Gives the fp32 parts that the optimizer steps the values that the parameters have now."""
+        if not self.divided:
+            return
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for p in parameters:
+            if p.requires_grad:
+                safe_set_full_fp32_param(p, p.detach().clone())
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self.divided:
+            return optimizer_state(self.optimizer)
+        parts = []
+        for i, group in enumerate(self.optimizer.param_groups):
+            numbers = {
+                k: v for k, v in group.items() if k not in ("params", "lr") and isinstance(v, int | float)
+            }
+            states = [
+                {
+                    k: v.clone() if isinstance(v, Tensor) else v
+                    for k, v in self.optimizer.state.get(flat, {}).items()
+                }
+                for flat in self._flat(i)
+            ]
+            parts.append({"numbers": numbers, "states": states})
+        return {"groups": parts, "stage": self.stage, "world": self.world}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: the state is of another stage or number of ranks.
+        """
+        if not self.divided:
+            load_optimizer_state(self.optimizer, state)
+            return
+        saved = state.get("stage"), state.get("world")
+        if saved != (self.stage, self.world):
+            raise ValueError(
+                f"the optimizer's state is of ZeRO stage {saved[0]} on {saved[1]} processes, this run has stage "
+                f"{self.stage} on {self.world}: continue with the same"
+            )
+        for i, (group, part) in enumerate(zip(self.optimizer.param_groups, state["groups"], strict=True)):
+            group.update(part["numbers"])
+            for flat, values in zip(self._flat(i), part["states"], strict=True):
+                self.optimizer.state[flat] = {
+                    k: v.to(flat.device if v.ndim else v.device).clone() if isinstance(v, Tensor) else v
+                    for k, v in values.items()
+                }
+
+
+class _Forward(nn.Module):
+    """What DeepSpeed wraps: it must see the tensor that the gradient comes from, and no structure around it."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+        self._output: StepOutput | None = None
+
+    def forward(self, batch: Any, at: At | None) -> Tensor:
+        if at is None:
+            return self.method.predict(batch)
+        # not through its hooks: they look for tensors in tuples only, and a method owns no parameter itself
+        self._output = self.method.forward(batch, at)
+        return self._output.loss
+
+    def taken(self) -> StepOutput:
+        """The output of the last forward, once."""
+        output, self._output = self._output, None
+        assert output is not None
+        return output
+
+
+def _remove_hooks(offload: Any) -> None:
+    for parameter in offload.module.parameters():
+        parameter.ds_active_sub_modules.clear()
+    for hook in (*offload.forward_hooks, *offload.backward_hooks):
+        hook.remove()
+    offload.forward_hooks, offload.backward_hooks = [], []
+
+
+def _import(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed = require("deepspeed", needed_for="backend.name=deepspeed")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed.ops as ops
+
+    # its shared-memory exchange is compiled on first use, for a minute, with a compiler that may not be there
+    ops.__compatible_ops__.update({name: False for name in ops.__compatible_ops__ if "shm" in name})
+    if dist.is_initialized():
+        deepspeed.comm.init_distributed(dist_init_required=False)
+    return deepspeed

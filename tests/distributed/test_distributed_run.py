@@ -1,0 +1,100 @@
+"""The same recipe on one process and on two: the same images, the same losses, one run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from ranks import RankPool
+from run_cases import fit, seen
+
+from mooring.report.metrics_log import read_metrics
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A short run on generated photos: 3 classes; 30 training images, 7 of them for validation, 7 for the test."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 3), ("test", 2)):
+        for label in range(3):
+            folder = root / split / f"class_{label}"
+            folder.mkdir(parents=True)
+            for number in range(count + (split != "train" and label == 0)):
+                pixels = rng.integers(0, 120, (40, 44, 3)) + 60 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    return {
+        "data": {"path": str(root), "source": "torch", "workers": 1},
+        "model": {"name": "vit_tiny_patch16_224", "weights": "none"},
+        "train": {"epochs": 2, "batch_size": 6, "image_size": 32, "eval_size": 32, "device": "cpu"},
+        "method": {"name": "dr_tune", "bank_size": 12, "rotation_period": 2},
+        "report": {"progress": "quiet", "log_every": 1, "plots": False, "tensorboard": False},
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:  # before the ranks start: they inherit it
+        patch.setenv("MOORING_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def with_changes(recipe: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return recipe | {
+        key: recipe[key] | value if isinstance(recipe.get(key), dict) else value
+        for key, value in changes.items()
+    }
+
+
+def losses(run: Path) -> list[float]:
+    return [record.values["loss"] for record in read_metrics(run) if record.kind == "train"]
+
+
+def test_two_ranks_see_each_image_once(two_ranks: RankPool, recipe: dict[str, Any]) -> None:
+    alone = seen(**recipe)
+    ranks = two_ranks.run("run_cases:seen", **recipe)
+    assert [first + second for first, second in zip(*ranks, strict=True)] == alone
+
+
+def test_a_run_of_two_ranks_is_the_run_of_one(
+    two_ranks: RankPool, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    alone = fit(**with_changes(recipe, out=str(tmp_path / "one")))
+    both = two_ranks.run(
+        "run_cases:fit", **with_changes(recipe, out=str(tmp_path / "two"), backend={"name": "ddp"})
+    )
+    for result in both:
+        assert result["batch"] == 3 and result["steps"] == alone["steps"] == 10
+        assert result["backend"] == "ddp" and result["best_epoch"] == alone["best_epoch"]
+        assert result["val"][1] == alone["val"][1] == 10 and result["test"][1] == alone["test"][1] == 7
+        assert torch.equal(result["val"][2], alone["val"][2])
+        for key in ("val", "test"):
+            assert result[key][0] == pytest.approx(alone[key][0], rel=1e-4, abs=1e-5)
+            assert result[key][0] == both[0][key][0]  # the same numbers on every rank
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert (tmp_path / "two" / "model" / "model.safetensors").is_file()
+    assert (tmp_path / "two" / "result.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"train": {"batch_size": 5}}, "multiple of their number; got 5 for 2 processes: take 4"),
+        ({"backend": {"name": "local"}}, "backend.name=local is for one process"),
+        (
+            {"method": {"name": "dr_tune", "bank_size": 13, "bank_scope": "sharded"}},
+            "multiple of the 2 ranks",
+        ),
+        ({"model": {"weights": "/nowhere.safetensors"}}, "does not exist"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_by_all(
+    two_ranks: RankPool, recipe: dict[str, Any], changes: dict[str, Any], says: str
+) -> None:
+    for message in two_ranks.run("run_cases:refused", **with_changes(recipe, **changes)):
+        assert says in message
