@@ -111,6 +111,7 @@ class Checkpoints:
         self._memory = HostMemory()
         self._background = Background()
         self._newest: CheckpointRef | None = None
+        self._facts: dict[str, Any] | None = None
 
     def save(
         self,
@@ -133,15 +134,17 @@ class Checkpoints:
         """
         self._background.wait()  # its copy of the state is this one's
         parts = self._memory.take(engine_state(engine))
-        step, facts = engine.global_step, run_facts(engine)
+        step = engine.global_step
+        facts = self._facts = self._facts or run_facts(engine)  # they do not change while a process lives
 
         def write() -> None:
             before()
             self._newest = self.store.write(step, reason, parts, facts=facts, score=score)
 
-        self._background.start(write)
-        if not self._in_background:
-            self._background.wait()
+        if self._in_background:
+            self._background.start(write)
+        else:
+            write()
 
     def check(self) -> None:
         """Raises what a save that is over came to, where it failed; returns at once.
