@@ -1,4 +1,4 @@
-"""Ctrl-C as a user presses it: a real process, a real signal, and a run folder that can be used afterwards."""
+"""Signals as users and schedulers send them: real processes, and a run folder that can be used afterwards."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from mooring.launch.restart import PREEMPTED
 from mooring.state.store import checkpoints_of
 from mooring.train.inference import load_run
 
 
-def test_ctrl_c_leaves_a_run_that_predicts_and_continues(tmp_path: Path) -> None:
+@pytest.fixture
+def words(tmp_path: Path) -> list[str]:
+    """``mooring train`` of a run that would go on for hours."""
     rng = np.random.default_rng(0)
     for c in range(2):
         folder = tmp_path / "photos" / f"class_{c}"
@@ -24,28 +30,89 @@ def test_ctrl_c_leaves_a_run_that_predicts_and_continues(tmp_path: Path) -> None
         for i in range(12):
             pixels = np.clip(90 + 90 * c + rng.normal(0, 30, (40, 40, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f"{i}.png")
-    settings = [
-        f"data={tmp_path / 'photos'}", f"out={tmp_path / 'run'}", "model.name=resnet10t", "model.weights=none",
-        "method=fine_tune", "train.image_size=32", "train.eval_size=32", "train.batch_size=4", "train.epochs=5000",
+    return [
+        sys.executable, "-m", "mooring.cli", "train",
+        f"data={tmp_path / 'photos'}", f"out={tmp_path / 'run'}", "model.name=test_resnet", "model.weights=none",
+        "method=fine_tune", "train.image_size=32", "train.eval_size=32", "train.batch_size=4", "train.epochs=50000",
         "data.source=torch", "data.workers=1", "report.plots=false", "report.tensorboard=false",
     ]  # fmt: skip
-    command = [sys.executable, "-m", "mooring.cli", "train"]
-    environment = {**os.environ, "MOORING_CACHE": str(tmp_path / "cache")}
+
+
+@contextmanager
+def running(words: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
+    environment = {**os.environ, "MOORING_CACHE": str(folder / "cache")}
     process = subprocess.Popen(
-        [*command, *settings], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
     try:
-        log = tmp_path / "run" / "metrics.jsonl"
-        give_up = time.monotonic() + 240
-        while not (log.is_file() and '"val"' in log.read_text()):  # one epoch is done, another is under way
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < give_up
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=240)
+        yield process
     finally:
         process.kill()
-    assert process.returncode == 130, errors
+        process.wait()
+
+
+def wait_until(reached: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    give_up = time.monotonic() + 240
+    while not reached():
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < give_up
+        time.sleep(0.1)
+
+
+def epochs_logged(run: Path) -> int:
+    log = run / "metrics.jsonl"
+    return log.read_text().count('"val"') if log.is_file() else 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, PREEMPTED)])
+def test_a_signal_leaves_a_run_that_predicts_and_continues(
+    words: list[str], tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    run = tmp_path / "run"
+    with running(words, tmp_path) as process:
+        wait_until(lambda: epochs_logged(run) > 0, process)  # one epoch is done, another is under way
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=240)
+    assert process.returncode == code, errors
     assert "mooring train --resume" in errors.replace("\n", " ")
-    assert load_run(tmp_path / "run").classes == ["class_0", "class_1"]
-    assert checkpoints_of(tmp_path / "run").newest().ref is not None
+    assert load_run(run).classes == ["class_0", "class_1"]
+    assert checkpoints_of(run).newest().ref is not None
+
+
+def test_a_killed_run_restarts_by_itself_and_ends_when_preempted(words: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with running([*words, "--restarts", "1"], tmp_path) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        if not children.exists():
+            pytest.skip("this system does not list the children of a process")
+        wait_until(lambda: len(checkpoints_of(run).refs()) > 0, process)
+        (first,) = map(int, children.read_text().split())
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: children.read_text().split() not in ([str(first)], []), process)
+        done = epochs_logged(run)
+        wait_until(lambda: epochs_logged(run) > done, process)
+        process.send_signal(signal.SIGTERM)  # to the parent, which passes it on
+        _, errors = process.communicate(timeout=240)
+    assert process.returncode == PREEMPTED, errors
+    assert "killed by SIGKILL: starting again from its newest state, restart 1 of 1" in errors.replace(
+        "\n", " "
+    )
+    found = checkpoints_of(run).newest()
+    assert found.ref is not None and found.ref.reason == "stopped"
+
+
+def test_the_second_signal_leaves_at_once(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, time\n"
+        "from mooring.train.interrupt import Interrupt, Stopped\n"
+        "with Interrupt(lambda: print('asked', flush=True)) as interrupt:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"  # the same request, told twice
+        "    try: interrupt.check()\n"
+        "    except Stopped as stopped: print(stopped.preempted, flush=True)\n"
+        "    time.sleep(1)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('still here')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "asked\nTrue\n"), done.stderr

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from mooring.config.schema import RunConfig
 from mooring.data.batch import Batch
+from mooring.distributed import Ranks
 from mooring.models.torchvision_shim import import_timm
 from mooring.report.metrics_log import Record, read_metrics
 from mooring.state.store import checkpoints_of
@@ -55,8 +56,8 @@ class Crash(BaseException):
     """The process is gone: nothing that follows it may be run, as far as Python lets us."""
 
 
-def write_inputs(root: Path, *, world: int = 2) -> None:
-    """Photos, images of the source task, weights with a classifier, and vectors of the class names."""
+def write_inputs(root: Path, *, world: int = 1) -> None:
+    """Photos for a run on ``world`` processes, source images, weights with a classifier, vectors of the class names."""
     rng = np.random.default_rng(0)
     train = STEPS_PER_EPOCH * _ACCUMULATE * _BATCH * world // 2
 
@@ -96,15 +97,17 @@ def settings_of(inputs: Path, method: str) -> dict[str, Any]:
 
 def make_config(inputs: Path, out: Path, method: str, source: str, **changes: Any) -> RunConfig:
     """A run of six steps with accumulation, running statistics, dropout and an average of the weights."""
+    world = Ranks.here().world
     tables: dict[str, Any] = {
         "data": {"path": inputs / "photos", "source": source, "workers": 1},
         "out": out,
         "model": {"name": MODEL, "weights": str(inputs / "weights.safetensors"), "drop_rate": 0.1},
         "method": settings_of(inputs, method),
         "train": {
-            "epochs": 2, "batch_size": _BATCH, "accumulate": _ACCUMULATE, "image_size": 32, "eval_size": 32,
-            "device": "cpu", "batchnorm": "train", "ema_decay": 0.9,
+            "epochs": 2, "batch_size": _BATCH * world, "accumulate": _ACCUMULATE, "image_size": 32, "eval_size": 32,
+            "device": "cpu", "batchnorm": "train", "sync_batchnorm": False, "ema_decay": 0.9,
         },
+        "backend": {"name": "local" if world == 1 else "ddp"},
         "checkpoint": {"keep_last": 1},
         "report": {"progress": "quiet", "log_every": 2, "tensorboard": False, "plots": False},
     }  # fmt: skip
@@ -129,6 +132,7 @@ def run(config: RunConfig, ids: Ids, arrange: Callable[[Engine], None] = lambda 
         arrange: prepares where the engine is stopped.
     """
     engine = Engine.build(config)
+    assert engine.steps_per_epoch == STEPS_PER_EPOCH
     arrange(engine)
     step = engine.step
 
@@ -155,7 +159,9 @@ def interrupted_run(config: RunConfig, position: str) -> Ids:
 
 
 def _ask_to_stop() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
+    ranks = Ranks.here()
+    if ranks.rank == ranks.world - 1:  # one of them is told, all must stop
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _in_step(engine: Engine, act: Callable[[], None], at: int, micro: int) -> None:
@@ -223,12 +229,41 @@ STOPS: dict[str, Callable[[Engine], None]] = {
 }
 
 
+# ---------------------------------------------------------------- one case of the matrix
+
+
+_undisturbed: dict[tuple[str, ...], tuple[dict[str, Any], Ids]] = {}
+
+
+def case(inputs: str, folder: str, method: str, source: str, position: str) -> int:
+    """An interrupted run against the one that nothing interrupts, on this rank; returns how many tensors are equal.
+
+    Args:
+        inputs: of ``write_inputs``, for as many processes as there are here.
+        folder: for the runs; that of the undisturbed one is kept in it.
+        method, source, position: which case.
+    """
+    rank = Ranks.here().rank
+    name = f"{method}-{source}"
+    key = (inputs, folder, name)
+    if key not in _undisturbed:
+        ids: Ids = {}
+        config = make_config(Path(inputs), Path(folder) / name, method, source)
+        assert not run(config, ids)
+        _undisturbed[key] = outcome(Path(folder) / name, rank), ids
+    wanted, ids = _undisturbed[key]
+    out = Path(folder) / f"{name}-{position}"
+    assert interrupted_run(make_config(Path(inputs), out, method, source), position) == ids
+    return assert_equal(wanted, outcome(out, rank))
+
+
 # ---------------------------------------------------------------- what must be equal
 
 
 def outcome(folder: Path, rank: int = 0) -> dict[str, Any]:
     """Everything a run leaves that does not depend on the clock."""
     store = checkpoints_of(folder)
+    Ranks.here().barrier()  # the log is rank 0's
     found = store.newest()
     assert found.ref is not None and not found.notes
     state = {part: store.read(found.ref, part) for part in ("shared", f"rank-{rank}")}

@@ -1,63 +1,59 @@
-"""Every method, source, number of processes and place of interruption: n steps, a resume and n more are 2n steps.
+"""Every method, place of interruption, source and number of processes: n steps, a resume and n more are 2n steps.
 
 A pairwise covering part runs always, all of it in ``make test-full``.
 """
 
 from __future__ import annotations
 
-from itertools import product
-from pathlib import Path
+from collections.abc import Iterator
+from itertools import combinations, product
 from typing import Any
 
 import pytest
-from pairwise import covering, pairs
-from resume_cases import (
-    METHODS,
-    POSITIONS,
-    Ids,
-    assert_equal,
-    interrupted_run,
-    make_config,
-    outcome,
-    run,
-    write_inputs,
-)
+from ranks import RankPool
+from resume_cases import METHODS, POSITIONS, case, write_inputs
 
 from mooring.methods.registry import METHODS as REGISTERED
 
-SOURCES = ("torch", "dali")
-AXES = (tuple(METHODS), POSITIONS, SOURCES)
-ALWAYS = set(covering(AXES))
-CASES = [
-    pytest.param(*case, marks=() if case in ALWAYS else pytest.mark.slow, id="-".join(map(str, case)))
-    for case in product(*AXES)
-]
+AXES: tuple[tuple[Any, ...], ...] = (tuple(METHODS), POSITIONS, ("torch", "dali"), (1, 2))
+# Two undisturbed runs of each method are enough for all pairs: one with either source and number of processes.
+_TWO_RUNS = ((("torch", 1), ("dali", 2)), (("dali", 1), ("torch", 2)))
+ALWAYS = {
+    (method, position, *_TWO_RUNS[m % 2][(p + m // 2) % 2])
+    for (m, method), (p, position) in product(enumerate(METHODS), enumerate(POSITIONS))
+}
+
+
+def parameters() -> Iterator[Any]:
+    # cases of one method, source and number of processes follow each other: they share its undisturbed run
+    for method, source, world, position in product(AXES[0], AXES[2], AXES[3], AXES[1]):
+        marks = () if (method, position, source, world) in ALWAYS else pytest.mark.slow
+        yield pytest.param(
+            method, position, source, world, marks=marks, id=f"{method}-{position}-{source}-{world}"
+        )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:  # before the ranks start: they inherit it
+        patch.setenv("MOORING_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    root = tmp_path_factory.mktemp("inputs")
-    write_inputs(root)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOORING_CACHE", str(root / "cache"))
-        yield root
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[str, str]]:
+    """Inputs and folder of the runs by number of processes."""
+    found = {}
+    for world in AXES[3]:
+        inputs = tmp_path_factory.mktemp(f"inputs{world}")
+        write_inputs(inputs, world=world)
+        found[world] = str(inputs), str(tmp_path_factory.mktemp(f"runs{world}"))
+    return found
 
 
-@pytest.fixture(scope="module")
-def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The run that nothing interrupts, once for each method and source."""
-    known: dict[tuple[str, str], tuple[dict[str, Any], Ids]] = {}
-
-    def of(method: str, source: str) -> tuple[dict[str, Any], Ids]:
-        if (method, source) not in known:
-            ids: Ids = {}
-            config = make_config(inputs, tmp_path_factory.mktemp("whole") / "run", method, source)
-            assert not run(config, ids)
-            assert config.out is not None
-            known[method, source] = outcome(config.out), ids
-        return known[method, source]
-
-    return of
+def pairs(values: tuple[Any, ...]) -> set[Any]:
+    """The pairs of values of two axes that meet in a case."""
+    return {(i, values[i], j, values[j]) for i, j in combinations(range(len(values)), 2)}
 
 
 def test_every_registered_method_is_here() -> None:
@@ -65,16 +61,24 @@ def test_every_registered_method_is_here() -> None:
 
 
 def test_what_always_runs_covers_all_pairs() -> None:
-    met = set().union(*(pairs(case) for case in ALWAYS))
-    assert met == set().union(*(pairs(case) for case in product(*AXES)))
+    assert set().union(*map(pairs, ALWAYS)) == set().union(*map(pairs, product(*AXES)))
     assert len(ALWAYS) == len(METHODS) * len(POSITIONS)  # the fewest that can do it
 
 
-@pytest.mark.parametrize(("method", "position", "source"), CASES)
+@pytest.mark.parametrize(("method", "position", "source", "world"), list(parameters()))
 def test_an_interrupted_run_is_the_undisturbed_one(
-    method: str, position: str, source: str, inputs: Path, undisturbed: Any, tmp_path: Path
+    method: str,
+    position: str,
+    source: str,
+    world: int,
+    places: dict[int, tuple[str, str]],
+    request: pytest.FixtureRequest,
 ) -> None:
-    wanted, ids = undisturbed(method, source)
-    config = make_config(inputs, tmp_path / "run", method, source)
-    assert interrupted_run(config, position) == ids
-    assert assert_equal(wanted, outcome(tmp_path / "run")) > 100
+    inputs, folder = places[world]
+    arguments = {"inputs": inputs, "folder": folder, "method": method, "source": source, "position": position}
+    if world == 1:
+        compared = [case(**arguments)]
+    else:
+        pool: RankPool = request.getfixturevalue("two_ranks")
+        compared = pool.run("resume_cases:case", seconds=900, **arguments)
+    assert len(compared) == world and min(compared) > 100

@@ -32,6 +32,7 @@ def engine_state(engine: Engine) -> dict[str, Any]:
     own = {
         # parameters are equal on all ranks, running statistics are of the batches that a rank has seen
         "buffers": dict(engine.method.named_buffers()),
+        "ema_buffers": None if engine.ema is None else dict(engine.ema.buffers),
         "extra": engine.method.extra_state(),
         "source": engine.train_source.state_dict(),
         "source_stream": None if engine.source_stream is None else engine.source_stream.state_dict(),
@@ -76,12 +77,12 @@ def restore_engine(engine: Engine, state: Mapping[str, Any]) -> None:
     engine.method.load_extra_state(own["extra"])
     with engine.backend.whole(engine.method, write=True):
         engine.method.load_state_dict(shared["method"])
-    for name, buffer in engine.method.named_buffers():
-        buffer.copy_(own["buffers"][name])
     engine.hand_over()
+    for name, buffer in engine.method.named_buffers():
+        buffer.copy_(own["buffers"][name])  # last: what begins anew gives all ranks rank 0's
     engine.backend.load_state_dict(own["optimizer"] if engine.backend.divided else shared["optimizer"])
     if engine.ema is not None:
-        engine.ema.load_state_dict(shared["ema"])
+        engine.ema.load_state_dict(shared["ema"] | {"buffers": own["ema_buffers"]})
     engine.train_source.load_state_dict(own["source"])
     if engine.source_stream is not None:
         engine.source_stream.load_state_dict(own["source_stream"])

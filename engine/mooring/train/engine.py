@@ -301,12 +301,12 @@ class Engine:
     @contextmanager
     def _evaluated_weights(self) -> Iterator[None]:
         """Eval mode and, where kept, the weight EMA."""
-        if not self.config.train.sync_batchnorm:
-            average_statistics_(self.method, self.ranks)
         was_training = self.method.training
         self.method.eval()
         try:
             with nullcontext() if self.ema is None else self.ema.applied_to(self.method):
+                if not self.config.train.sync_batchnorm:
+                    average_statistics_(self.method, self.ranks)  # those that go with the weights in place
                 yield
         finally:
             self.method.train(was_training)
@@ -379,7 +379,7 @@ class Engine:
             ValueError: the state does not fit.
         """
         checkpoint.restore_engine(self, state)
-        self._ready = True
+        self._begin_continued()
 
     def open_checkpoints(self, run: Path) -> Checkpoints:
         """The checkpoints that this engine writes, in the run folder; the same ones at every call."""
@@ -436,8 +436,14 @@ class Engine:
             self.ranks.agree(err)
             raise
         self.ranks.agree(None)
-        self._ready = self.is_resumed = True
+        self._begin_continued()
+        self.is_resumed = True
         return found
+
+    def _begin_continued(self) -> None:
+        """What the set-up ends with, which a continued run does not do again."""
+        self.method.train()  # a method decides itself what of it trains: a new module does not know that yet
+        self._ready = True
 
     # ---------------------------------------------------------------- the whole run
 

@@ -485,7 +485,7 @@ def _continue(engine: Engine, run: Path) -> tuple[list[str], list[str]]:
         what people should know, and why the run is not bit for bit the one that was started.
     """
     store = checkpoints_of(run)
-    found = store.newest()
+    found = engine.ranks.on_first(store.newest)  # reads every byte
     found.require_whole()
     notes = list(found.notes)
     inexact: list[str] = []
