@@ -12,7 +12,7 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h' 2>/dev/nu
 GPU_PYTHON ?= $(PYTHON)
 
 # As root on Debian or Ubuntu: what the tests with two nodes on one machine need; without it they are skipped.
-NODE_PACKAGES := openssh-server openssh-client iproute2 pdsh numactl
+NODE_PACKAGES := openssh-server openssh-client iproute2 pdsh numactl slurmctld slurmd slurm-client munge shellcheck
 
 .PHONY: setup two-nodes demo demo-long test test-full fuzz lint format bench gpu clean
 

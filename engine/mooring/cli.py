@@ -68,7 +68,9 @@ class _TrainCommand(TyperCommand):
     """Says how a setting is written where one is given as an option: ``--epochs 3``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        known = {"--help", *(name for parameter in self.params for name in parameter.opts)}
+        known = {"--help"}
+        for parameter in self.params:
+            known |= {*parameter.opts, *parameter.secondary_opts}
         for place, word in enumerate(args):
             name, equals, value = word.partition("=")
             if word == "--":

@@ -36,6 +36,10 @@ def test_a_dry_run_prints_the_commands_of_every_host() -> None:
     )
 
 
+def test_an_option_that_switches_off_is_an_option() -> None:
+    assert run("launch", "--hostfile", "hosts", "--no-preflight", "data=photos", "--dry-run").exit_code == 0
+
+
 def test_a_slurm_dry_run_prints_the_script_alone() -> None:
     result = run(
         "launch", "--slurm", "--nodes", "2", "--processes", "4", "data=photos", "out=first", "--dry-run"

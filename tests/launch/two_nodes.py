@@ -21,7 +21,7 @@ import pytest
 
 ADDRESSES = {"node0": "10.77.0.1", "node1": "10.77.0.2"}
 CABLE = "v0"
-_PROGRAMS = ("ip", "sshd", "ssh", "ssh-keygen", "unshare")
+_PROGRAMS = ("ip", "sshd", "ssh", "ssh-keygen", "unshare", "nsenter")
 _INSTALL = "make two-nodes"
 
 
@@ -48,6 +48,7 @@ class TwoNodes:
         self.folder = folder
         self._spaces = {name: f"mooring-{os.getpid()}-{name}" for name in ADDRESSES}
         self._servers: dict[str, subprocess.Popen[str]] = {}
+        self.settings: dict[str, str] = {}  # of the environment of every command
 
     @property
     def environment(self) -> dict[str, str]:
@@ -58,12 +59,26 @@ class TwoNodes:
             "GLOO_SOCKET_IFNAME": CABLE,
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
+            **self.settings,
         }
 
     def command(self, node: str, words: Sequence[str]) -> list[str]:
         """``words`` as run on a node."""
-        named = ["unshare", "--uts", "sh", "-c", f'hostname {node}; exec "$@"', "sh", *words]
-        return ["ip", "netns", "exec", self._spaces[node], *named]
+        # not `ip netns exec`: that one hides the control groups, which Slurm looks for
+        space = self._spaces[node]
+        own = f'mount --bind {self.folder / "names"} /etc/hosts && hostname {node} && exec "$@"'
+        return [
+            "nsenter",
+            f"--net=/run/netns/{space}",
+            "unshare",
+            "--uts",
+            "--mount",
+            "sh",
+            "-c",
+            own,
+            "sh",
+            *words,
+        ]
 
     def start(
         self, words: Sequence[str], *, node: str = "node0", environment: Mapping[str, str] | None = None
@@ -154,10 +169,6 @@ class TwoNodes:
         Path("/run/sshd").mkdir(parents=True, exist_ok=True)
         self._write_files()
         for space in self._spaces.values():
-            etc = Path("/etc/netns") / space
-            etc.mkdir(parents=True)
-            names = [f"{address} {host}\n" for host, address in ADDRESSES.items()]
-            (etc / "hosts").write_text("127.0.0.1 localhost\n" + "".join(names))
             self._ip("netns", "add", space)
             self._ip("-n", space, "link", "set", "lo", "up")
         first, second = self._spaces.values()
@@ -175,7 +186,6 @@ class TwoNodes:
             if name in self._servers:
                 self._servers.pop(name).wait()
             subprocess.run(["ip", "netns", "del", space], capture_output=True, check=False)
-            shutil.rmtree(Path("/etc/netns") / space, ignore_errors=True)
 
     def _ip(self, *words: str) -> None:
         done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
@@ -200,6 +210,8 @@ class TwoNodes:
         wrapper = folder / "bin" / "ssh"
         wrapper.write_text(f'#!/bin/sh\nexec {_program("ssh")} -F {folder / "ssh_config"} "$@"\n')
         wrapper.chmod(0o755)
+        names = [f"{address} {host}\n" for host, address in ADDRESSES.items()]
+        (folder / "names").write_text("127.0.0.1 localhost\n" + "".join(names))
         (folder / "hosts").write_text("node0 slots=1\nnode1 slots=1\n")
 
 
