@@ -59,6 +59,7 @@ class DeepSpeedBackend(LocalBackend):
 
     def prepare(self, method: Method, optimizer: Optimizer) -> None:
         super().prepare(method, optimizer)
+        _to_contiguous(method, optimizer)
         if self.world > 1:
             with torch.no_grad():
                 for tensor in (*method.parameters(), *method.buffers()):
@@ -207,6 +208,16 @@ class DeepSpeedBackend(LocalBackend):
                     k: v.to(flat.device if v.ndim else v.device).clone() if isinstance(v, Tensor) else v
                     for k, v in values.items()
                 }
+
+
+def _to_contiguous(method: nn.Module, optimizer: Optimizer) -> None:
+    """DeepSpeed sends parameters as bytes and keeps them in flat rows: channels_last weights fail there."""
+    for p in method.parameters():
+        p.data = p.data.contiguous()
+        state = optimizer.state.get(p, {})
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                state[name] = value.contiguous()
 
 
 class _Forward(nn.Module):
