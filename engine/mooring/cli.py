@@ -649,9 +649,6 @@ def plan(
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each.")] = 8,
     gpu_memory: Annotated[float, typer.Option(min=0.1, help="GB of one GPU.")] = 80.0,
     classes: Annotated[int, typer.Option(min=2, help="Classes of the new task.")] = 1000,
-    bank: Annotated[
-        str, typer.Option(metavar="private | gathered | sharded", help="How ranks share feature banks.")
-    ] = "private",
     matmul_tflops: Annotated[
         float | None, typer.Option(min=0.001, help="What one GPU achieves. \\[default: 400, or 100 in fp32]")
     ] = None,
@@ -665,8 +662,6 @@ def plan(
     """Predict memory, traffic and time on machines one does not have yet; needs no data, weights or GPU."""
     from mooring.config.load import load_config
 
-    if bank not in ("private", "gathered", "sharded"):
-        raise ConfigError(f"--bank: expected private, gathered or sharded, got {bank}")
     recipe, overrides = _recipe_and_overrides(arguments or [])
     try:
         config = load_config(recipe, overrides)
@@ -689,7 +684,6 @@ def plan(
         classes,
         precision=precision,
         rates=Rates(matmul=matmul, memory=memory, link=link_gbs * 1e9, node_link=node_link_gbs * 1e9),
-        bank=bank,
     )
     cluster = Cluster(nodes, gpus_per_node, gpu_memory * 1e9)
     console = _stdout()

@@ -35,21 +35,19 @@ SIZES = Sizes(
 )
 
 
-def test_sixteen_bytes_a_parameter() -> None:
-    """Rajbhandari et al.: 2 + 2 + 12 with mixed precision and Adam; the same in fp32, divided otherwise."""
-    for stage in STAGES:
-        each = numbers("bf16", "adamw", stage)
-        assert each.parameter + each.gradient + each.optimizer == 16
-    assert numbers("bf16", "adamw", 2) == Numbers(2, 2, 12)
-    assert numbers("fp32", "sgd", 1) == Numbers(4, 4, 4)
-    assert numbers("fp32", "sgd", 1, momentum=False) == Numbers(4, 4, 0)
+def test_bytes_of_an_element() -> None:
+    """fp32 weights and gradients, two moments with AdamW, and DeepSpeed's own fp32 copy of what a rank steps."""
+    assert numbers("adamw", 0) == Numbers(4, 4, 8)
+    assert numbers("adamw", 2) == Numbers(4, 4, 12)
+    assert numbers("sgd", 0) == Numbers(4, 4, 4)
+    assert numbers("sgd", 1, momentum=False) == Numbers(4, 4, 4)
 
 
 @pytest.mark.parametrize("world", [1, 2, 64])
 def test_each_stage_divides_one_thing_more(world: int) -> None:
     held = {stage: states(SIZES, Numbers(2, 2, 12), stage, world) for stage in STAGES}
     psi = 8 * M
-    assert held[0].total == 16 * psi
+    assert held[0].total - held[0].buffers == 16 * psi
     assert held[1].total - held[1].buffers == pytest.approx(4 * psi + 12 * psi / world)
     assert held[2].total - held[2].buffers == pytest.approx(2 * psi + 14 * psi / world)
     assert held[3].total - held[3].buffers == pytest.approx(16 * psi / world)
@@ -82,7 +80,7 @@ def test_banks_by_how_they_are_shared() -> None:
 
 def predictor(*, activations: float = 10 * M, rates: Rates | None = None, **settings: Any) -> Predictor:
     """On a made-up workload, so that nothing is traced."""
-    overrides = ["data=x", *(f"{key}={value}" for key, value in settings.items())]
+    overrides = ["data=x", "train.batch_size=256", *(f"{key}={value}" for key, value in settings.items())]
     found = Predictor(load_config(None, overrides), 100, rates=rates or Rates(), overhead=0)
     line = Line(M, activations)
     vars(found).update(sizes=SIZES, feature_dim=64, can_checkpoint=True)
@@ -121,10 +119,12 @@ def test_what_fits_as_configured_stays_as_configured() -> None:
 def test_memory_decides() -> None:
     """Each cluster one sort of relief smaller than the one before."""
     found = predictor(**{"train.batch_size": 256})
-    ways = [advise(found, Cluster(1, 8, size)).chosen for size in (600e6, 300e6, 180e6)]
+    # ZeRO-0 has the smallest buffer here, a copy of the gradients: 160 MB in all for the model
+    sizes = (620e6, 330e6, 270e6)
+    ways = [advise(found, Cluster(1, 8, size)).chosen for size in sizes]
     assert all(way is not None for way in ways)
     assert [way.accumulate > 1 or way.checkpointing for way in ways if way] == [False, True, True]
-    for way, size in zip(ways, (600e6, 300e6, 180e6), strict=True):
+    for way, size in zip(ways, sizes, strict=True):
         assert way is not None
         assert way.memory <= size
         assert way.batch * way.accumulate == 32
@@ -158,14 +158,13 @@ def test_the_command_needs_no_data() -> None:
     result = run("model.name=resnet10t", "train.image_size=64", "--nodes", "2", "--gpus-per-node", "4")
     assert result.exit_code == 0, result.output
     assert "each of 8 GPUs" in result.stdout
-    assert "recommended: ZeRO" in result.stdout
+    assert "recommended: backend.zero_stage=" in result.stdout
     assert "predicted, not measured" in result.stdout
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--bank", "none"], "expected private, gathered or sharded"),
         (["train.epoch=3"], "the nearest is train.epochs"),
         (["model.name=vit_hug_patch14_224"], "timm has no model"),
     ],

@@ -43,7 +43,7 @@ OPTIONS = {
     },
     ("preflight",): {"--hostfile", "--torchrun", "--master-addr", "--master-port", "--env", "--help"},
     ("plan",): {
-        "--nodes", "--gpus-per-node", "--gpu-memory", "--classes", "--bank", "--matmul-tflops", "--memory-gbs",
+        "--nodes", "--gpus-per-node", "--gpu-memory", "--classes", "--matmul-tflops", "--memory-gbs",
         "--link-gbs", "--node-link-gbs", "--measure", "--help",
     },
     ("eval",): {"--data", "--split", "--help"},

@@ -10,8 +10,8 @@ from mooring.capacity.step import Sizes
 
 Stage = Literal[0, 1, 2, 3]
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
-# DeepSpeed's defaults, in elements: gradients wait in buckets of this size, two of them where communication
-# overlaps; ZeRO-3 keeps up to so many gathered parameters.
+# DeepSpeed's defaults, in elements: gradients are reduced through a buffer of this size, which it makes whatever the
+# size of the model; ZeRO-3 keeps up to so many gathered parameters.
 BUCKET = 500_000_000
 LIVE = 1_000_000_000
 _DDP_BUCKET_BYTES = 25 << 20
@@ -32,20 +32,16 @@ class Numbers:
     optimizer: int
 
 
-def numbers(precision: str, optimizer: str, stage: Stage, *, momentum: bool = True) -> Numbers:
-    """What an element takes.
+def numbers(optimizer: str, stage: Stage, *, momentum: bool = True) -> Numbers:
+    """What an element takes: weights and gradients stay in fp32, in bf16 runs too (autocast).
 
     Args:
-        precision: ``fp32`` or ``bf16``. In bf16 the weights stay fp32 under autocast at stage 0; DeepSpeed's
-            stages keep bf16 weights and gradients, and fp32 master weights with the optimizer.
         optimizer: ``sgd`` keeps one moment, the others two.
-        stage: of ZeRO.
+        stage: of ZeRO; from 1 on DeepSpeed steps an fp32 copy of each rank's part.
         momentum: whether sgd has any.
     """
     moments = (4 if momentum else 0) if optimizer == "sgd" else 8
-    if precision == "bf16" and stage > 0:
-        return Numbers(parameter=2, gradient=2, optimizer=4 + moments)
-    return Numbers(parameter=4, gradient=4, optimizer=moments)
+    return Numbers(parameter=4, gradient=4, optimizer=moments + (4 if stage > 0 else 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +64,13 @@ def states(sizes: Sizes, each: Numbers, stage: Stage, world: int) -> States:
     shard = world if stage > 0 else 1
     parameters = (trained / world if stage == 3 else trained) * each.parameter + still * each.parameter
     gradients = (trained / world if stage >= 2 else trained) * each.gradient
-    buffers = 0.0
-    if world > 1 and stage == 0:
-        buffers = 0.0  # DDP's buckets are the gradients themselves
-    elif stage in (1, 2):
-        buffers = 2 * min(trained, BUCKET) * each.gradient
-    elif stage == 3:
-        buffers = min(trained, LIVE) * each.parameter + min(trained, BUCKET) * each.gradient
+    match stage:
+        case 0:  # reduced through a flat copy
+            buffers = float(min(trained, BUCKET) * each.gradient if world > 1 else 0)
+        case 3:
+            buffers = float(min(trained, LIVE) * each.parameter + BUCKET * each.gradient)
+        case _:
+            buffers = float(BUCKET * each.gradient)
     return States(parameters, gradients, trained * each.optimizer / shard, buffers)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import ceil
 
 from mooring.capacity.partition import (
     STAGES,
@@ -19,6 +20,7 @@ from mooring.capacity.partition import (
 )
 from mooring.capacity.rates import Rates
 from mooring.capacity.step import Sizes, Traced, build_subject, sizes, traced_step
+from mooring.config.method_settings import CombinedSettings
 from mooring.config.schema import RunConfig
 from mooring.errors import ConfigError
 
@@ -124,7 +126,6 @@ class Predictor:
         num_classes: C.
         precision: ``fp32`` or ``bf16``.
         rates: of the machines.
-        bank: ``private``, ``gathered`` or ``sharded``.
         overhead: bytes beside tensors; 0 on a CPU.
     """
 
@@ -132,7 +133,6 @@ class Predictor:
     num_classes: int
     precision: str = "bf16"
     rates: Rates = field(default_factory=Rates)
-    bank: str = "private"
     overhead: float = OVERHEAD_BYTES
     _workloads: dict[bool, Workload] = field(default_factory=dict)
     _peaks: dict[tuple[int, bool], int] = field(default_factory=dict)
@@ -144,6 +144,17 @@ class Predictor:
     @cached_property
     def feature_dim(self) -> int:
         return build_subject(self.config, self.num_classes).encoder.feature_dim
+
+    @property
+    def bank(self) -> str:
+        """How ranks share the feature banks: as the method's settings say."""
+        method = self.config.method
+        parts = method.parts if isinstance(method, CombinedSettings) else (method,)
+        return next((scope for part in parts if (scope := getattr(part, "bank_scope", None))), "gathered")
+
+    def share(self, cluster: Cluster) -> int:
+        """Images of one rank in a micro-batch: its share of ``train.batch_size``, rounded up."""
+        return ceil(self.config.train.batch_size / cluster.world)
 
     @cached_property
     def can_checkpoint(self) -> bool:
@@ -171,9 +182,9 @@ class Predictor:
         """One step of the run on a cluster; ``batch``, images of a micro-batch on one GPU, and accumulation are the
         run's own unless given: ``train.batch_size`` shared among all GPUs."""
         train, optimizer = self.config.train, self.config.optimizer
-        batch, accumulate = batch or -(-train.batch_size // cluster.world), accumulate or train.accumulate
+        batch, accumulate = batch or self.share(cluster), accumulate or train.accumulate
         work, world = self.workload(checkpointing=checkpointing), cluster.world
-        each = numbers(self.precision, optimizer.name, stage, momentum=optimizer.momentum > 0)
+        each = numbers(optimizer.name, stage, momentum=optimizer.momentum > 0)
         model = states(self.sizes, each, stage, world)
         sent = traffic(
             self.sizes, each, stage, world, accumulate=accumulate,
@@ -284,10 +295,16 @@ def advise(predictor: Predictor, cluster: Cluster) -> Advice:
     change. Of ways within 2 % of the fastest, the simplest is taken: low stage, no checkpointing, few micro-batches.
     """
     train = predictor.config.train
-    images = -(-train.batch_size * train.accumulate // cluster.world)  # of one GPU
+    share = predictor.share(cluster)
+    images = share * train.accumulate  # of one GPU
     splits = [count for count in range(1, images + 1) if images % count == 0 and images // count <= 4096]
     fitting: list[Prediction] = []
     reasons: list[str] = []
+    if train.batch_size % cluster.world:
+        reasons.append(
+            f"train.batch_size={train.batch_size} is no multiple of {cluster.world} processes: counted as "
+            f"{share} each, {share * cluster.world} in all"
+        )
     for stage in STAGES:
         if stage > 0 and cluster.world == 1:
             break
@@ -324,11 +341,11 @@ def advise(predictor: Predictor, cluster: Cluster) -> Advice:
     if chosen.accumulate != train.accumulate:
         reasons.append(
             f"the {images} images of a GPU and step go through in {chosen.accumulate} micro-batches of {chosen.batch}, "
-            f"not {train.accumulate} of {plain.batch}"
+            f"not {train.accumulate} of {share}"
         )
-    share = chosen.seconds["communication"] / chosen.step_seconds
-    if share > 0.2:
+    waits = chosen.seconds["communication"] / chosen.step_seconds
+    if waits > 0.2:
         reasons.append(
-            f"{share:.0%} of the step waits for the network: more images per GPU and step, or a faster link, would pay"
+            f"{waits:.0%} of the step waits for the network: more images per GPU and step, or a faster link, would pay"
         )
     return Advice(chosen, tuple(reasons))

@@ -157,7 +157,7 @@ def trace(subject: Subject, batch: int, *, precision: str, checkpointing: bool =
     Args:
         subject: from ``build_subject``; used up: its tensors become fake ones.
         batch: images.
-        precision: ``fp32``; ``bf16``: autocast around fp32 parameters; ``bf16 weights``: all in bf16.
+        precision: ``fp32``; ``bf16``: autocast around fp32 parameters.
         checkpointing: recompute each block's activations in the backward.
 
     Raises:
@@ -169,10 +169,8 @@ def trace(subject: Subject, batch: int, *, precision: str, checkpointing: bool =
     with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
         method.to_empty(device="cpu")
         _unmeta(method)
-        if precision == "bf16 weights":
-            method.to(torch.bfloat16)
         method.train()
-        images = _batch(subject, batch, torch.bfloat16 if precision == "bf16 weights" else torch.float32)
+        images = _batch(subject, batch)
         autocast = torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
         at = At(step=0, epoch=0, steps_per_epoch=10, total_steps=10)
         method.before_step(at)
@@ -240,9 +238,9 @@ def _source_rows(config: RunConfig) -> int:
     return (soft.source_batch_size if soft is not None else None) or config.train.batch_size
 
 
-def _batch(subject: Subject, rows: int, dtype: torch.dtype) -> Batch:
+def _batch(subject: Subject, rows: int) -> Batch:
     def images(count: int) -> Tensor:
-        made = torch.empty(count, 3, subject.image_size, subject.image_size, dtype=dtype)
+        made = torch.empty(count, 3, subject.image_size, subject.image_size)
         return (
             made.contiguous(memory_format=torch.channels_last) if subject.config.train.channels_last else made
         )

@@ -46,9 +46,9 @@ def plan_tables(predictor: Predictor, cluster: Cluster, advice: Advice) -> list[
         again = " backend.activation_checkpointing=true" if way.checkpointing else ""
         batch = way.batch * way.world
         lines.append(
-            f"recommended: [bold]ZeRO {way.stage}, train.batch_size={batch} train.accumulate={way.accumulate}"
-            f"{again}[/] on {way.world} GPUs: {way.memory / GIGABYTE:.1f} GB, {1e3 * way.step_seconds:.0f} ms a "
-            f"step, {way.images_per_second:.0f} images/s"
+            f"recommended: [bold]backend.zero_stage={way.stage} train.batch_size={batch} "
+            f"train.accumulate={way.accumulate}{again}[/] on {way.world} GPUs: {way.memory / GIGABYTE:.1f} GB, "
+            f"{1e3 * way.step_seconds:.0f} ms a step, {way.images_per_second:.0f} images/s"
         )
     lines += [f"- {escape(reason)}" for reason in advice.reasons]
     rates = predictor.rates

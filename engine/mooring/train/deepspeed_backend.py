@@ -166,8 +166,20 @@ class DeepSpeedBackend(LocalBackend):
         from deepspeed.utils import safe_set_full_fp32_param
 
         for p in parameters:
-            if p.requires_grad:
+            if not p.requires_grad:
+                continue
+            if self.stage == 3 and p.numel() % self.world:
+                self._refresh_padded(p)
+            else:
                 safe_set_full_fp32_param(p, p.detach().clone())
+
+    def _refresh_padded(self, p: nn.Parameter) -> None:
+        """A parameter whose last part is padded: DeepSpeed's own setter reads past the parameter's end."""
+        zero = self._engine.optimizer
+        part, _ = zero._get_fp32_opt_state_partition(p, release_swap_buffers=False)
+        first = part.numel() * zero._get_param_partition_rank(p)
+        own = p.detach().flatten()[first : first + part.numel()]
+        part[: own.numel()].copy_(own)
 
     def state_dict(self) -> dict[str, Any]:
         if not self.divided:
