@@ -96,7 +96,7 @@ def draw(record: dict[str, Any]) -> None:
         axes.set_xlabel("GPUs, 8 a node")
         axes.grid(alpha=0.3)
     rate.set_yscale("log")
-    rate.set_ylabel("images per second (dotted: one GPU times their number)")
+    rate.set_ylabel("images per second (dotted: one GPU's, times n)")
     rate.legend(fontsize=8)
     share.set_ylim(0, 105)
     share.set_ylabel("efficiency against one GPU, %")

@@ -27,7 +27,6 @@ from mooring.errors import ConfigError
 # What CUDA, cuBLAS and NCCL take beside tensors, and what the allocator cannot use for its pieces.
 OVERHEAD_BYTES = 1.5e9
 USABLE = 0.92
-_FORWARD = 1 / 3  # of the work of a step
 _TRACED = (8, 16)  # images: two points of a straight line
 
 
@@ -83,8 +82,8 @@ class Prediction:
         constants: frozen and momentum encoders, constants.
         banks: feature banks.
         sent: bytes of one rank and step.
-        seconds: the parts of the step's time: ``compute``, ``memory``, ``optimizer``, ``communication`` (what is
-            not hidden behind the backward).
+        seconds: the parts of the step's time: ``compute``, ``memory``, ``optimizer``, ``communication`` (what the
+            step waits for).
     """
 
     stage: Stage
@@ -241,18 +240,18 @@ class Predictor:
         memory = accumulate * max(
             work.moved.at(batch) / rates.memory, work.operations * rates.launch - compute
         )
-        backward = (1 - _FORWARD) * (compute + memory)
 
         def send(count: float, collectives: int) -> float:
             return rates.seconds_to_send(count, world, cluster.gpus_per_node, collectives)
 
-        beside, waited = sent.gradients, sent.parameters + sent.banks
-        hidden_behind = backward
-        if stage == 3:  # gathers run ahead of the layers that need them, forward and backward
-            beside, waited = sent.gradients + sent.parameters, sent.banks
-            hidden_behind = compute + memory
-        communication = max(0.0, send(beside, sent.backward_collectives) - hidden_behind)
-        communication += send(waited, sent.other_collectives + (1 if sent.banks else 0))
+        if stage == 3:  # gathers and reductions run beside the layers, forward and backward
+            beside = send(
+                sent.gradients + sent.parameters, sent.backward_collectives + sent.other_collectives
+            )
+            communication = max(0.0, beside - compute - memory) + send(sent.banks, 1 if sent.banks else 0)
+        else:  # DeepSpeed overlaps nothing by default below stage 3
+            collectives = sent.backward_collectives + sent.other_collectives + (1 if sent.banks else 0)
+            communication = send(sent.total, collectives)
         # read weights, gradients and state, write weights and state
         shard = world if stage > 0 else 1
         touched = 2 * model.optimizer + (2 * model.parameters + model.gradients) / (
