@@ -127,6 +127,7 @@ def test_two_nodes_train_as_one_process(
     assert nodes.wait_until_idle("node0") == nodes.wait_until_idle("node1") == []
 
 
+@pytest.mark.slow
 def test_a_killed_node_is_replaced_and_the_run_goes_on(nodes: TwoNodes) -> None:
     """Killed in the middle on node1: the launch ends the rest and starts again from the newest checkpoint."""
     words = [*MOORING, "launch", "--hostfile", "hosts", "--no-preflight", "--torchrun", "--restarts", "1"]
@@ -152,6 +153,7 @@ def test_a_killed_node_is_replaced_and_the_run_goes_on(nodes: TwoNodes) -> None:
     assert (run / "result.json").is_file()
 
 
+@pytest.mark.slow
 def test_slurm_runs_the_submitted_script(nodes: TwoNodes, alone: list[float]) -> None:
     """A real Slurm of both nodes; ``mooring launch --slurm`` writes and submits."""
     require_slurm()
