@@ -26,12 +26,32 @@ inline DType dtype_of(int code) {
     return static_cast<DType>(code);
 }
 
+// More elements than any address space holds, and few enough that sums and products of them do not overflow.
+constexpr int64_t kMostElements = int64_t{1} << 46;
+constexpr int kMostThreads = 4096;
+
 inline void require_size(const char* name, int64_t size, int64_t least) {
     if (size < least) refuse(std::string(name) + " must be >= " + std::to_string(least), size);
+    if (size > kMostElements) {
+        refuse(std::string(name) + " must be <= " + std::to_string(kMostElements), size);
+    }
+}
+
+// Product of sizes.
+template <typename... Sizes>
+int64_t product_of(Sizes... sizes) {
+    int64_t product = 1;
+    bool fits = true;
+    ((fits = fits && !__builtin_mul_overflow(product, static_cast<int64_t>(sizes), &product)), ...);
+    if (!fits || product > kMostElements) {
+        refuse("sizes must multiply to at most " + std::to_string(kMostElements), fits ? product : -1);
+    }
+    return product;
 }
 
 inline int thread_count(int threads) {
     if (threads < 1) refuse("threads must be >= 1", threads);
+    if (threads > kMostThreads) refuse("threads must be <= " + std::to_string(kMostThreads), threads);
     return threads;
 }
 

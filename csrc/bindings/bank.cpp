@@ -10,19 +10,20 @@ void row_normalise_forward_(Address x, int dtype, float eps, Address unit, Addre
                             int threads) {
     require_size("N", N, 0);
     require_size("D", D, 1);
-    row_normalise_forward({pointer<const void>("x", x, N * D), dtype_of(dtype)}, eps,
-                          pointer<void>("unit", unit, N * D), pointer<float>("norm", norm, N), N, D,
-                          thread_count(threads));
+    row_normalise_forward({pointer<const void>("x", x, product_of(N, D)), dtype_of(dtype)}, eps,
+                          pointer<void>("unit", unit, product_of(N, D)), pointer<float>("norm", norm, N), N,
+                          D, thread_count(threads));
 }
 
 void row_normalise_backward_(Address grad_unit, Address grad_norm, Address unit, Address norm, int dtype,
                              float eps, Address grad_x, int64_t N, int64_t D, int threads) {
     require_size("N", N, 0);
     require_size("D", D, 1);
-    row_normalise_backward(
-        pointer<const void>("grad_unit", grad_unit, N * D), pointer<const float>("grad_norm", grad_norm, N),
-        pointer<const void>("unit", unit, N * D), pointer<const float>("norm", norm, N), dtype_of(dtype), eps,
-        pointer<void>("grad_x", grad_x, N * D), N, D, thread_count(threads));
+    row_normalise_backward(pointer<const void>("grad_unit", grad_unit, product_of(N, D)),
+                           pointer<const float>("grad_norm", grad_norm, N),
+                           pointer<const void>("unit", unit, product_of(N, D)),
+                           pointer<const float>("norm", norm, N), dtype_of(dtype), eps,
+                           pointer<void>("grad_x", grad_x, product_of(N, D)), N, D, thread_count(threads));
 }
 
 // bank address, bank dtype, rows address, rows dtype, D
@@ -37,9 +38,9 @@ void ring_push_(const std::vector<FieldTuple>& fields, Address bank_labels, Addr
     std::vector<RingField> ring;
     for (const auto& [bank, bank_dtype, rows, rows_dtype, D] : fields) {
         require_size("D", D, 1);
-        ring.push_back({pointer<void>("bank field", bank, K * D),
+        ring.push_back({pointer<void>("bank field", bank, product_of(K, D)),
                         dtype_of(bank_dtype),
-                        {pointer<const void>("field", rows, B * D), dtype_of(rows_dtype)},
+                        {pointer<const void>("field", rows, product_of(B, D)), dtype_of(rows_dtype)},
                         D});
     }
     ring_push(ring, pointer<int64_t>("bank_labels", bank_labels, K),
@@ -52,13 +53,13 @@ void class_statistics_(Address frozen, int frozen_dtype, Address tuned, int tune
     require_size("K", K, 0);
     require_size("D", D, 1);
     require_size("C", C, 1);
-    class_statistics({pointer<const void>("frozen", frozen, K * D), dtype_of(frozen_dtype)},
-                     {pointer<const void>("tuned", tuned, K * D), dtype_of(tuned_dtype)},
+    class_statistics({pointer<const void>("frozen", frozen, product_of(K, D)), dtype_of(frozen_dtype)},
+                     {pointer<const void>("tuned", tuned, product_of(K, D)), dtype_of(tuned_dtype)},
                      pointer<const int64_t>("labels", labels, K),
-                     pointer<const float>("head_weight", head_weight, C * D), cga_scale,
-                     pointer<float>("frozen_mean", frozen_mean, C * D),
-                     pointer<float>("tuned_mean", tuned_mean, C * D), pointer<float>("count", count, C), K, D,
-                     C, thread_count(threads));
+                     pointer<const float>("head_weight", head_weight, product_of(C, D)), cga_scale,
+                     pointer<float>("frozen_mean", frozen_mean, product_of(C, D)),
+                     pointer<float>("tuned_mean", tuned_mean, product_of(C, D)),
+                     pointer<float>("count", count, C), K, D, C, thread_count(threads));
 }
 
 void calibrate_residual_(Address frozen, int dtype, Address labels, Address frozen_mean, Address out,
@@ -66,10 +67,10 @@ void calibrate_residual_(Address frozen, int dtype, Address labels, Address froz
     require_size("K", K, 0);
     require_size("D", D, 1);
     require_size("C", C, 1);
-    calibrate_residual({pointer<const void>("frozen", frozen, K * D), dtype_of(dtype)},
+    calibrate_residual({pointer<const void>("frozen", frozen, product_of(K, D)), dtype_of(dtype)},
                        pointer<const int64_t>("labels", labels, K),
-                       pointer<const float>("frozen_mean", frozen_mean, C * D),
-                       pointer<float>("out", out, K * D), K, D, C, thread_count(threads));
+                       pointer<const float>("frozen_mean", frozen_mean, product_of(C, D)),
+                       pointer<float>("out", out, product_of(K, D)), K, D, C, thread_count(threads));
 }
 
 void calibrate_place_(Address rows, Address labels, Address tuned_mean, float scale, int64_t K, int64_t D,
@@ -77,8 +78,9 @@ void calibrate_place_(Address rows, Address labels, Address tuned_mean, float sc
     require_size("K", K, 0);
     require_size("D", D, 1);
     require_size("C", C, 1);
-    calibrate_place(pointer<float>("rows", rows, K * D), pointer<const int64_t>("labels", labels, K),
-                    pointer<const float>("tuned_mean", tuned_mean, C * D), scale, K, D, C,
+    calibrate_place(pointer<float>("rows", rows, product_of(K, D)),
+                    pointer<const int64_t>("labels", labels, K),
+                    pointer<const float>("tuned_mean", tuned_mean, product_of(C, D)), scale, K, D, C,
                     thread_count(threads));
 }
 
@@ -87,11 +89,11 @@ void calibrate_translate_(Address frozen, int dtype, Address labels, Address fro
     require_size("K", K, 0);
     require_size("D", D, 1);
     require_size("C", C, 1);
-    calibrate_translate({pointer<const void>("frozen", frozen, K * D), dtype_of(dtype)},
+    calibrate_translate({pointer<const void>("frozen", frozen, product_of(K, D)), dtype_of(dtype)},
                         pointer<const int64_t>("labels", labels, K),
-                        pointer<const float>("frozen_mean", frozen_mean, C * D),
-                        pointer<const float>("tuned_mean", tuned_mean, C * D), scale,
-                        pointer<float>("out", out, K * D), K, D, C, thread_count(threads));
+                        pointer<const float>("frozen_mean", frozen_mean, product_of(C, D)),
+                        pointer<const float>("tuned_mean", tuned_mean, product_of(C, D)), scale,
+                        pointer<float>("out", out, product_of(K, D)), K, D, C, thread_count(threads));
 }
 
 }  // namespace

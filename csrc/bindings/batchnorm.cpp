@@ -25,18 +25,20 @@ void batchnorm_statistics_planes_(Address x, int dtype, const LayerTuple& layer,
     require_size("B", B, 1);
     require_size("C", C, 1);
     require_size("P", P, 1);
-    batchnorm_statistics_planes(pointer<const void>("x", x, B * C * P), dtype_of(dtype), layer_of(layer, C),
-                                pointer<void>("y", y, B * C * P), pointer<float>("mean", mean, C),
-                                pointer<float>("var", var, C), B, P, thread_count(threads));
+    batchnorm_statistics_planes(pointer<const void>("x", x, product_of(B, C, P)), dtype_of(dtype),
+                                layer_of(layer, C), pointer<void>("y", y, product_of(B, C, P)),
+                                pointer<float>("mean", mean, C), pointer<float>("var", var, C), B, P,
+                                thread_count(threads));
 }
 
 void batchnorm_statistics_rows_(Address x, int dtype, const LayerTuple& layer, Address y, Address mean,
                                 Address var, int64_t R, int64_t C, int threads) {
     require_size("R", R, 1);
     require_size("C", C, 1);
-    batchnorm_statistics_rows(pointer<const void>("x", x, R * C), dtype_of(dtype), layer_of(layer, C),
-                              pointer<void>("y", y, R * C), pointer<float>("mean", mean, C),
-                              pointer<float>("var", var, C), R, thread_count(threads));
+    batchnorm_statistics_rows(pointer<const void>("x", x, product_of(R, C)), dtype_of(dtype),
+                              layer_of(layer, C), pointer<void>("y", y, product_of(R, C)),
+                              pointer<float>("mean", mean, C), pointer<float>("var", var, C), R,
+                              thread_count(threads));
 }
 
 }  // namespace

@@ -24,19 +24,29 @@ void concept_boxes_(Address map, int dtype, const std::array<int64_t, 3>& stride
     require_size("patches", patches, 1);
     require_size("group_width", group_width, 1);
     require_size("rank_stride", rank_stride, 0);
-    if ((patches - 1) * rank_stride + group_width > D) {
-        refuse("ranks must end within D = " + std::to_string(D), (patches - 1) * rank_stride + group_width);
+    const int64_t ranks = product_of(patches - 1, rank_stride) + group_width;
+    if (ranks > D) refuse("ranks must end within D = " + std::to_string(D), ranks);
+    require_size("image height", height, 1);
+    require_size("image width", width, 1);
+    require_size("patch side", side, 1);
+    const std::array<int64_t, 3> steps = {B - 1, D - 1, product_of(rows, columns) - 1};
+    int64_t last = 0;
+    for (size_t axis = 0; axis < steps.size(); ++axis) {
+        require_size("stride", strides[axis], 0);
+        if (B > 0) last += product_of(steps[axis], strides[axis]);
     }
+    if (B > 0 && last >= product_of(B, D, rows, columns)) refuse("strides must stay within the map", last);
     require_size("rivals", rivals, 0);
     require_size("negatives", negatives, 0);
     if (rivals >= C || negatives >= C) refuse("rivals and negatives must be < C", C);
-    concept_boxes({pointer<const void>("feature_map", map, B * D * rows * columns), dtype_of(dtype),
+    concept_boxes({pointer<const void>("feature_map", map, product_of(B, D, rows, columns)), dtype_of(dtype),
                    strides[0], strides[1], strides[2], D, rows, columns},
-                  pointer<const float>("logits", logits, B * C), pointer<const int64_t>("labels", labels, B),
-                  pointer<const float>("head_weight", head_weight, C * D),
+                  pointer<const float>("logits", logits, product_of(B, C)),
+                  pointer<const int64_t>("labels", labels, B),
+                  pointer<const float>("head_weight", head_weight, product_of(C, D)),
                   {C, patches, group_width, rank_stride, rivals, negatives, height, width, side, centred},
-                  pointer<float>("boxes", boxes, B * patches * 4),
-                  pointer<int64_t>("negative_classes", negative_classes, B * negatives), B,
+                  pointer<float>("boxes", boxes, product_of(B, patches, 4)),
+                  pointer<int64_t>("negative_classes", negative_classes, product_of(B, negatives)), B,
                   thread_count(threads));
 }
 

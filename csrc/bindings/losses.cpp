@@ -11,7 +11,8 @@ void softmax_cross_entropy_in_place_(Address logits, int64_t stride, Address lab
     require_size("N", N, 0);
     require_size("C", C, 1);
     require_size("stride", stride, C);
-    softmax_cross_entropy_in_place(pointer<float>("logits", logits, N * C), stride,
+    product_of(N, stride);
+    softmax_cross_entropy_in_place(pointer<float>("logits", logits, product_of(N, C)), stride,
                                    pointer<const int64_t>("labels", labels, N), smoothing, gradient,
                                    pointer<float>("loss", loss, N), N, C, thread_count(threads));
 }

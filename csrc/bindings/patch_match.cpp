@@ -27,23 +27,24 @@ void patch_match_info_nce_(Address query, Address own_key, Address labels, Addre
     if (!(temperature > 0 && epsilon > 0)) {
         throw std::invalid_argument("temperature and epsilon must be > 0");
     }
-    const PatchMatch given = {pointer<const float>("query", query, B * P * D),
-                              pointer<const float>("own_key", own_key, B * P * D),
-                              pointer<const int64_t>("labels", labels, B),
-                              {pointer<const void>("queue", queue, C * K * P * D), dtype_of(queue_dtype)},
-                              pointer<const uint8_t>("queue_valid", queue_valid, C * K),
-                              pointer<const int64_t>("negative_classes", negative_classes, B * M),
-                              pointer<const int64_t>("positive_pick", positive_pick, B * (1 + K)),
-                              B,
-                              C,
-                              K,
-                              P,
-                              D,
-                              M,
-                              negatives_per_set,
-                              temperature,
-                              epsilon,
-                              rounds};
+    const PatchMatch given = {
+        pointer<const float>("query", query, product_of(B, P, D)),
+        pointer<const float>("own_key", own_key, product_of(B, P, D)),
+        pointer<const int64_t>("labels", labels, B),
+        {pointer<const void>("queue", queue, product_of(C, K, P, D)), dtype_of(queue_dtype)},
+        pointer<const uint8_t>("queue_valid", queue_valid, product_of(C, K)),
+        pointer<const int64_t>("negative_classes", negative_classes, product_of(B, M)),
+        pointer<const int64_t>("positive_pick", positive_pick, product_of(B, (1 + K))),
+        B,
+        C,
+        K,
+        P,
+        D,
+        M,
+        negatives_per_set,
+        temperature,
+        epsilon,
+        rounds};
     // a null gradient asks for the loss alone
     patch_match_info_nce(given, pointer<float>("loss", loss, B), pointer<float>("grad", grad, 0),
                          thread_count(threads));

@@ -18,6 +18,9 @@ int64_t workspace_(int64_t B, int64_t N, int64_t D, bool grad_query, int threads
     require_size("B", B, 0);
     require_size("N", N, 0);
     require_size("D", D, 1);
+    product_of(B, N);
+    product_of(B, D);
+    product_of(N, D);
     return queue_info_nce_workspace(B, N, D, grad_query, thread_count(threads));
 }
 
@@ -26,10 +29,10 @@ void queue_info_nce_(const Queries& queries, const Queue& queue, const Shape& sh
     const auto [B, N, D] = shape;
     const int64_t needed = workspace_(B, N, D, std::get<2>(results) != 0, threads);
     const QueueRows rows = {
-        pointer<const float>("query", std::get<0>(queries), B * D),
+        pointer<const float>("query", std::get<0>(queries), product_of(B, D)),
         reinterpret_cast<const float*>(std::get<1>(queries)),
         pointer<const int64_t>("labels", std::get<2>(queries), B),
-        {pointer<const void>("queue", std::get<0>(queue), N * D), dtype_of(std::get<1>(queue))},
+        {pointer<const void>("queue", std::get<0>(queue), product_of(N, D)), dtype_of(std::get<1>(queue))},
         pointer<const int64_t>("queue_labels", std::get<2>(queue), N),
         B,
         N,
@@ -55,13 +58,13 @@ void class_ring_push_(const std::vector<FieldTuple>& fields, const Integers& int
     for (const auto& [bank, bank_dtype, rows, rows_dtype, P, D] : fields) {
         require_size("P", P, 1);
         require_size("D", D, 1);
-        rings.push_back({pointer<void>("bank field", bank, C * K * P * D),
+        rings.push_back({pointer<void>("bank field", bank, product_of(C, K, P, D)),
                          dtype_of(bank_dtype),
-                         {pointer<const void>("field", rows, B * P * D), dtype_of(rows_dtype)},
+                         {pointer<const void>("field", rows, product_of(B, P, D)), dtype_of(rows_dtype)},
                          P,
                          D});
     }
-    class_ring_push(rings, pointer<int64_t>("bank_labels", std::get<0>(integers), C * K),
+    class_ring_push(rings, pointer<int64_t>("bank_labels", std::get<0>(integers), product_of(C, K)),
                     pointer<int64_t>("heads", std::get<1>(integers), C),
                     pointer<const int64_t>("labels", std::get<2>(integers), B),
                     pointer<int64_t>("slots", std::get<3>(integers), B), C, K, B, normalise,

@@ -20,7 +20,7 @@ HeadRows head_of(const char* name, const Head& head) {
     const auto [logits, dtype, labels, rows, C] = head;
     require_size("rows", rows, 0);
     require_size("C", C, 1);
-    return {{pointer<const void>(name, logits, rows * C), dtype_of(dtype)},
+    return {{pointer<const void>(name, logits, product_of(rows, C)), dtype_of(dtype)},
             pointer<const int64_t>("labels", labels, rows),
             rows,
             C};
@@ -32,8 +32,8 @@ void text_supervised_loss_forward_(Address logits, int logits_dtype, Address cos
     require_size("B", B, 0);
     require_size("C", C, 1);
     text_supervised_loss_forward(
-        {pointer<const void>("logits", logits, B * C), dtype_of(logits_dtype)},
-        {pointer<const void>("cosines", cosines, B * C), dtype_of(cosines_dtype)},
+        {pointer<const void>("logits", logits, product_of(B, C)), dtype_of(logits_dtype)},
+        {pointer<const void>("cosines", cosines, product_of(B, C)), dtype_of(cosines_dtype)},
         pointer<const int64_t>("labels", labels, B), supervision_of(by), pointer<float>("loss", loss, 1),
         pointer<float>("inverse_count", inverse_count, 1), pointer<float>("lse_logits", lse_logits, B),
         pointer<float>("lse_texts", lse_texts, B), B, C, thread_count(threads));
@@ -46,13 +46,13 @@ void text_supervised_loss_backward_(Address logits, int logits_dtype, Address co
                                     Address grad_cosines, int64_t B, int64_t C, int threads) {
     require_size("B", B, 0);
     require_size("C", C, 1);
-    text_supervised_loss_backward({pointer<const void>("logits", logits, B * C), dtype_of(logits_dtype)},
-                                  {pointer<const void>("cosines", cosines, B * C), dtype_of(cosines_dtype)},
-                                  pointer<const int64_t>("labels", labels, B),
-                                  pointer<const float>("lse_logits", lse_logits, B),
-                                  pointer<const float>("lse_texts", lse_texts, B), supervision_of(by), scale,
-                                  reinterpret_cast<void*>(grad_logits), reinterpret_cast<void*>(grad_cosines),
-                                  B, C, thread_count(threads));
+    text_supervised_loss_backward(
+        {pointer<const void>("logits", logits, product_of(B, C)), dtype_of(logits_dtype)},
+        {pointer<const void>("cosines", cosines, product_of(B, C)), dtype_of(cosines_dtype)},
+        pointer<const int64_t>("labels", labels, B), pointer<const float>("lse_logits", lse_logits, B),
+        pointer<const float>("lse_texts", lse_texts, B), supervision_of(by), scale,
+        reinterpret_cast<void*>(grad_logits), reinterpret_cast<void*>(grad_cosines), B, C,
+        thread_count(threads));
 }
 
 void two_head_cross_entropy_forward_(const Head& target, const Head& source, float weight, float smoothing,

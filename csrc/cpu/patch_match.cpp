@@ -81,7 +81,7 @@ class Contrast {
         for (int64_t slab = 0; slab < slabs_; ++slab) {
             Workspace space(given_.P, given_.D, kernels_.lanes);
             for (int64_t g = slab * groups_ / slabs_; g < (slab + 1) * groups_ / slabs_; ++g) {
-                match_group(g, &running_[static_cast<size_t>(slab * given_.B)], space);
+                match_group(g, running_.data() + slab * given_.B, space);
             }
         }
 #pragma omp parallel for schedule(static) num_threads(workers)

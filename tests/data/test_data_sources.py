@@ -366,6 +366,28 @@ def test_a_picture_that_only_dali_refuses_is_decoded_by_pillow(tmp_path: Path) -
     assert refused == ["train/a/odd.webp"]
 
 
+@needs_dali
+def test_a_dead_pipeline_names_files_and_reason(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is wrong with any picture: the graph itself fails, as it does where memory runs out."""
+    from mooring.data import dali_source
+
+    made: list[object] = []
+
+    def broken(augment, draws):
+        made.append(None)
+        inputs = pipeline_inputs(augment, draws)
+        # two whole batches, then numbers of another shape than the graph takes
+        return inputs if len(made) <= 2 else {name: value[..., None, None] for name, value in inputs.items()}
+
+    pipeline_inputs = dali_source.pipeline_inputs
+    monkeypatch.setattr(dali_source, "pipeline_inputs", broken)
+    with train(manifest, "dali") as source, pytest.raises(DataError) as failure:
+        take(source, 4)
+    message = str(failure.value)
+    assert "Critical error" not in message and "data.source=torch" in message
+    assert str(manifest.root) in message and "it says: " in message
+
+
 @pytest.mark.assets
 @needs_dali
 @pytest.mark.parametrize(

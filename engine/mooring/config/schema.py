@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from mooring.config.health_settings import HealthSettings
 from mooring.config.method_settings import (
     DRTuneSettings,
     MethodSettings,
@@ -367,6 +368,7 @@ class RunConfig(Settings):
     backend: BackendSettings = BackendSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     report: ReportSettings = ReportSettings()
+    health: HealthSettings = HealthSettings()
 
     @field_validator("data", mode="before")
     @classmethod

@@ -180,7 +180,7 @@ class _DaliBatches:
                 ):
                     suspects.add(row)
         if not suspects:
-            raise RuntimeError(f"DALI failed on files that decode: {error}") from error
+            raise self._unexplained(error) from error
         self._through_pillow |= suspects
         for item in self._in_flight:
             rows = item.request.rows.tolist()
@@ -190,6 +190,18 @@ class _DaliBatches:
             ]
         self._again.extendleft(reversed(self._in_flight))
         self._in_flight.clear()
+
+    def _unexplained(self, error: Exception) -> DataError:
+        """The failure of a pipeline whose pictures all decode, one by one, in DALI too."""
+        rows = [row for item in self._in_flight for row in item.request.rows.tolist() if row >= 0]
+        files = ", ".join(str(self._split.file(row)) for row in rows[:3]) + (" ..." if len(rows) > 3 else "")
+        # its text is "Critical error in pipeline:", the graph's own lines, and after "encountered:" the reason
+        reason = str(error).rpartition("encountered:")[2].strip() or type(error).__name__
+        why = reason.splitlines()[0]
+        return DataError(
+            f"DALI stopped while it made {len(rows)} pictures that all decode one by one ({files}); it says: {why}: "
+            f"lower data.workers or train.batch_size if memory is short, or read with data.source=torch"
+        )
 
 
 class _OnDevice:

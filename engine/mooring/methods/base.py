@@ -270,6 +270,13 @@ class Method(nn.Module):
         """Rows to enqueue after the step, name -> [B, ...], detached."""
         return {}
 
+    def forward_state(self) -> tuple[list[Tensor], list[torch.Generator]]:
+        """What ``before_step`` and forwards change in place: tensors, and generators of the method's own.
+
+        A step that is not taken (its gradient is not finite) is undone by putting these back.
+        """
+        return list(self.buffers()), []
+
     def after_step(self, outputs: list[StepOutput], batches: list[Batch], at: At) -> None:
         """Called once per optimizer step with the outputs of its micro-batches, in order."""
 

@@ -95,6 +95,9 @@ class BiTuning(Method):
         self.key.copy_from(self._followed())
         self._queue = self._empty_queue(self.head.weight.device)
 
+    def forward_state(self) -> tuple[list[Tensor], list[torch.Generator]]:
+        return [*self.buffers(), *self.key.parameters(), *self.key.buffers()], []
+
     def before_step(self, at: At) -> None:
         self.key.follow(self._followed(), self.settings.key_momentum)
 

@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from mooring.config.method_settings import CombinedSettings
 from mooring.data.batch import Batch
@@ -126,6 +126,13 @@ class Combined(Method):
     def setup(self, context: SetupContext) -> None:
         for part in self.members:
             part.setup(context)
+
+    def forward_state(self) -> tuple[list[Tensor], list[Generator]]:
+        each = [part.forward_state() for part in self.members]
+        tensors = {
+            id(t): t for t in (*self.buffers(), *(t for own, _ in each for t in own))
+        }  # shared ones once
+        return list(tensors.values()), [generator for _, own in each for generator in own]
 
     def before_step(self, at: At) -> None:
         for part in self.members:

@@ -253,6 +253,9 @@ class ConceptTuning(Method):
         return math.ceil(share * total_steps)
 
     @torch.no_grad()
+    def forward_state(self) -> tuple[list[Tensor], list[torch.Generator]]:
+        return [*self.buffers(), *self.key.parameters(), *self.key.buffers()], list(self._draws.values())
+
     def before_step(self, at: At) -> None:
         begin = self.warm_up_steps(at.total_steps)
         if at.step > begin or begin == 0:

@@ -89,6 +89,9 @@ class CoreTuning(Method):
             logits = torch.cat([run.logits, self.head(mixed.features[rows:])])
         return batch_cross_entropy(logits, mixed.targets, self.label_smoothing)
 
+    def forward_state(self) -> tuple[list[Tensor], list[torch.Generator]]:
+        return list(self.buffers()), [self._generator]
+
     def extra_state(self) -> StateTree:
         return {"generator": self._generator.get_state()}
 

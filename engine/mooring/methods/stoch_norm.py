@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel
-from torch import nn
+from torch import Tensor, nn
 
 from mooring.config.baseline_settings import StochNormSettings
 from mooring.methods.base import Method, Needs, SetupContext, StateTree
@@ -39,6 +39,9 @@ class StochNorm(Method):
 
     def setup(self, context: SetupContext) -> None:
         self._generator.manual_seed(context.seed)
+
+    def forward_state(self) -> tuple[list[Tensor], list[torch.Generator]]:
+        return list(self.buffers()), [self._generator]
 
     def extra_state(self) -> StateTree:
         return {"generator": self._generator.get_state()}

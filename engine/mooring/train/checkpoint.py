@@ -53,6 +53,7 @@ def engine_state(engine: Engine) -> dict[str, Any]:
             "optimizer": None if engine.backend.divided else optimizer,
             "ema": None if engine.ema is None else engine.ema.state_dict(),
             "best": engine.best.state_dict(),
+            "health": engine.health.state_dict(),
             "inexact": engine.inexact,
         }
     return parts
@@ -88,6 +89,7 @@ def restore_engine(engine: Engine, state: Mapping[str, Any]) -> None:
         engine.source_stream.load_state_dict(own["source_stream"])
     engine.mixer.load_state_dict(own["mixer"])
     engine.best.load_state_dict(shared["best"])
+    engine.health.load_state_dict(shared["health"])
     engine.global_step = int(shared["step"])
     engine.epochs_validated = int(shared["epochs_validated"])
     engine.loop = dict(own["loop"])

@@ -33,6 +33,7 @@ from mooring.train.discrimination import Discrimination, measure_discrimination
 from mooring.train.distortion import Distortion, feature_distortion
 from mooring.train.evaluate import EvalResult, evaluate
 from mooring.train.exactness import Difference
+from mooring.train.health.step import StepHealth
 from mooring.train.mixer import Mixer
 from mooring.train.results import RunPlan, RunResult, StepResult
 from mooring.train.seeding import seed_everything
@@ -83,6 +84,7 @@ class Engine:
         # each rank mixes its own rows
         seed = self.config.seed + self.ranks.rank
         self.mixer = Mixer(train.mixup, train.cutmix, parts.num_classes, seed)
+        self.health = StepHealth(self)
         self._ready = False
         self._handed_over = False
 
@@ -203,6 +205,10 @@ class Engine:
 
         Args:
             batch: a batch, or the micro-batches of one accumulation group.
+
+        Raises:
+            NonFiniteError: the loss or a gradient is not finite, and ``health`` says to stop. The engine is where it
+                was before the step.
         """
         self.prepare()
         if not self.method.training:
@@ -212,23 +218,32 @@ class Engine:
             raise ValueError("step needs at least one batch, got an empty sequence")
         micros = len(group)
         lr = self._set_learning_rates()
+        self.health.before_step()
         self.method.before_step(self._at(0, micros))
         outputs: list[StepOutput] = []
         placed: list[Batch] = []
         for micro, item in enumerate(group):
             moved = self._counted(self._with_source(self.mixer(item.to(self.backend.device))))
             output = self.backend.forward(moved, self._at(micro, micros))
+            self.health.phase.enter("backward")
             self.backend.backward(output.loss / micros, last=micro == micros - 1)
+            self.health.phase.enter("forward")
             outputs.append(output)
             placed.append(moved)
         metrics = _sum_metrics(outputs)
+        verdict = self.health.judge(metrics["loss"])
         if self.config.train.clip_grad_norm is not None:
             metrics["grad_norm"] = self.backend.clip(self.config.train.clip_grad_norm)
-        self.backend.step()
-        self.method.after_step(outputs, placed, self._at(0, micros))
-        if self.ema is not None:
-            self.ema.update(self.method)
-        result = StepResult(self.global_step, metrics["loss"], metrics, outputs[-1].logits.detach(), lr)
+        skipped: dict[str, Any] | None = None
+        if self.health.take(verdict, self.backend.step):
+            self.method.after_step(outputs, placed, self._at(0, micros))
+            if self.ema is not None:
+                self.ema.update(self.method)
+        else:
+            assert verdict is not None  # without one, every step is taken
+            skipped = self.health.not_taken(verdict, outputs, placed)
+        loss, logits = metrics["loss"], outputs[-1].logits.detach()
+        result = StepResult(self.global_step, loss, {} if skipped else metrics, logits, lr, skipped)
         self.global_step += 1
         return result
 
@@ -450,11 +465,13 @@ class Engine:
     def epoch_groups(self) -> Iterator[list[Batch]]:
         """The rest of the current epoch in accumulation groups; the last group may be smaller."""
         group: list[Batch] = []
+        self.health.before_group()
         for batch in self.train_source:
             group.append(batch)
             if len(group) == self.config.train.accumulate:
                 yield group
                 group = []
+                self.health.before_group()
         if group:
             yield group
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mooring.train.engine import Engine
 
 # Settings that may differ between the two parts of a run without changing what is computed.
-_FREE = frozenset({"out", "resume", "allow_inexact", "checkpoint", "report"})
+_FREE = frozenset({"out", "resume", "allow_inexact", "checkpoint", "report", "health"})
 _HARMLESS = frozenset({"Python"})
 
 

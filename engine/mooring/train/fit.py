@@ -31,6 +31,8 @@ from mooring.train.checkpoint import run_to_continue
 from mooring.train.discrimination import Discrimination
 from mooring.train.distortion import Distortion
 from mooring.train.evaluate import EvalResult
+from mooring.train.health.memory import explain_out_of_memory, is_out_of_memory
+from mooring.train.health.watch import RunHealth
 from mooring.train.interrupt import Interrupt, Stopped
 from mooring.train.results import RunResult
 from mooring.train.running_mean import RunningMetrics
@@ -70,8 +72,11 @@ class Fit:
         self.checkpoints = engine.open_checkpoints(folder.path)
         # steps and validated epochs of the newest checkpoint
         self.saved = (engine.global_step, engine.epochs_validated) if engine.is_resumed else None
+        self.health = RunHealth(engine, folder, self._note)
         # over all parts of an interrupted run
         before = engine.loop
+        if "spikes" in before:
+            self.health.spikes.load_state_dict(before["spikes"])
         self.seconds: float = before.get("seconds", 0.0)
         self.seconds_training: float = before.get("seconds_training", 0.0)
         self.images: int = before.get("images", 0)
@@ -88,10 +93,10 @@ class Fit:
         stopped: Stopped | None = None
         val: EvalResult | None
         try:
-            with self.progress, self.interrupt:
+            with self.progress, self.interrupt, self.health.heartbeat:
                 self.progress.start(engine.plan(), engine.config.train.epochs)
                 try:
-                    self._epochs()
+                    self._epochs_or_kept()
                     val, test = self._finish()
                     extra = self._extra_tests()
                     distortion = self._distortion()
@@ -117,6 +122,18 @@ class Fit:
         finally:
             self.log.close()
 
+    def _note(self, text: str, values: dict[str, Any]) -> None:
+        """Shows a sentence, and keeps it in the log."""
+        engine = self.engine
+        epoch = engine.global_step // engine.steps_per_epoch
+        self.log.write("note", step=engine.global_step, epoch=epoch, values={"note": text, **values})
+        self.progress.note(text)
+
+    def _check(self) -> None:
+        """A safe point between batches."""
+        self.engine.health.phase.beat()
+        self.interrupt.check()
+
     def _elapsed(self) -> float:
         return self.seconds + time.perf_counter() - self.started
 
@@ -129,12 +146,14 @@ class Fit:
             "running": self.running.state_dict(),
             "rows_since": self.rows_since,
             "seconds_since": time.perf_counter() - self.since,
+            "spikes": self.health.spikes.state_dict(),
             "log": self.log.lengths(),
         }
 
     def _save(self, reason: str, val: EvalResult | None = None) -> None:
         """Takes the state; it is on the disk at the next save, or when the run ends."""
         engine = self.engine
+        engine.health.phase.enter("checkpoint")
         engine.loop = self._loop()
         score = None if val is None else (val.top1, val.nll)
         # what the checkpoint counts as written must be on the disk before it
@@ -143,16 +162,37 @@ class Fit:
 
     # ---------------------------------------------------------------- epochs
 
+    def _epochs_or_kept(self) -> None:
+        """``_epochs``; what goes wrong in them leaves the state from before it, or says what took the memory."""
+        try:
+            self._epochs()
+        except MooringError as err:
+            if self.engine.is_ready:
+                reason = f"before a {type(err).__name__}"
+                self.health.keep(err, lambda: self._save_anew(reason))
+            raise
+        except (MemoryError, RuntimeError) as err:
+            if not is_out_of_memory(err):
+                raise
+            raise explain_out_of_memory(self.engine, err) from err
+
+    def _save_anew(self, reason: str) -> None:
+        """Saves unless this very state is saved already; returns when it is on the disk."""
+        if self.saved != (self.engine.global_step, self.engine.epochs_validated):
+            self._save(reason)
+        self.checkpoints.wait()
+
     def _epochs(self) -> None:
         engine = self.engine
-        engine.prepare(check=self.interrupt.check)
+        engine.health.phase.enter("set-up")
+        engine.prepare(check=self._check)
         self.interrupt.check()
         if (
             engine.parts.held_out is not None
             and engine.global_step == 0
             and not self.ranks.on_first(self._measured_before)
         ):
-            self._log_discrimination(0, engine.discrimination(check=self.interrupt.check))
+            self._log_discrimination(0, engine.discrimination(check=self._check))
         while True:
             # also true right after a resume, where the first part was stopped during validation
             if engine.global_step == (engine.epochs_validated + 1) * engine.steps_per_epoch:
@@ -163,10 +203,11 @@ class Fit:
 
     def _validate(self, epoch: int) -> None:
         engine = self.engine
-        results = engine.validate(check=self.interrupt.check)
+        engine.health.phase.enter("validation")
+        results = engine.validate(check=self._check)
         measured = None
         if engine.parts.held_out is not None:
-            measured = engine.discrimination(check=self.interrupt.check)
+            measured = engine.discrimination(check=self._check)
         val = next(iter(results.values()))
         self._log_eval("val", epoch, val)
         if measured is not None:
@@ -186,6 +227,7 @@ class Fit:
         for group in engine.epoch_groups():
             result = engine.step(group)
             self.running.add(result.metrics)
+            self.health.after_step(result)
             self.rows_since += self.ranks.world * sum(b.labels.shape[0] for b in group)
             last = engine.global_step % engine.steps_per_epoch == 0
             means: dict[str, float] | None = None
@@ -211,6 +253,9 @@ class Fit:
         means |= {"lr": lr, "images_per_second": self.rows_since / seconds}
         self.since, self.rows_since = now, 0
         self.log.write("train", step=engine.global_step, epoch=epoch, values=means)
+        if "loss" not in means:  # every step since then was left out
+            return means
+        self.health.logged(means["loss"])
         if not means["loss"] < float("inf"):  # also catches NaN
             raise MooringError(
                 f"the training loss became {means['loss']} near step {engine.global_step}: lower optimizer.lr "
@@ -274,9 +319,7 @@ class Fit:
         engine = self.engine
         if not engine.is_ready:
             return None  # stopped in the set-up, which starts anew: there is nothing to keep
-        if self.saved != (engine.global_step, engine.epochs_validated):
-            self._save("stopped")
-        self.checkpoints.wait()
+        self._save_anew("stopped")
         if engine.best.epoch is None:
             with self._averaged():
                 self._export()
@@ -310,7 +353,7 @@ class Fit:
         if before is not None:  # a finished run that is resumed: the test split is looked at once
             test = _from_tree(before)
         else:
-            test = engine.evaluate(engine.test_source, check=self.interrupt.check)
+            test = engine.evaluate(engine.test_source, check=self._check)
             self.ranks.on_first(partial(save_tree, tested, _as_tree(test)))
         self._log_eval("test", engine.best.epoch, test)  # the log of a resumed run was cut before this line
         return val, test
@@ -329,7 +372,7 @@ class Fit:
             if before is not None and before["path"] == path:
                 found[name] = _from_tree(before)
             else:
-                found[name] = engine.evaluate(source, check=self.interrupt.check)
+                found[name] = engine.evaluate(source, check=self._check)
                 self.ranks.on_first(partial(_save_below, tested, _as_tree(found[name]) | {"path": path}))
             self._log_eval(f"test/{name}", engine.best.epoch, found[name])
         return found
@@ -344,7 +387,7 @@ class Fit:
             sources["test"] = engine.test_source
             sources |= {f"test/{name}": source for name, source in engine.extra_test_sources.items()}
         return {
-            name: engine.distortion(source, check=self.interrupt.check)
+            name: engine.distortion(source, check=self._check)
             for name, source in sources.items()
             if source is not None
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -44,6 +45,8 @@ class StepResult:
         metrics: sums over the micro-batches of what the method reports, except ``loss`` (mean).
         logits: [B, C] of the last micro-batch, detached.
         lr: backbone learning rate of the step.
+        skipped: what was wrong with a step that was left out (``health.nonfinite=skip``), as ``diagnosis.json`` has
+            it; such a step reports no metrics.
     """
 
     step: int
@@ -51,6 +54,7 @@ class StepResult:
     metrics: Mapping[str, Tensor]
     logits: Tensor
     lr: float
+    skipped: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,149 @@
+"""What each rank is doing, written beside the run, and a report when one has done nothing else for too long."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from mooring.parsing import parse_json
+
+FOLDER = "heartbeat"
+HUNG = 74  # exit code of a process that ends itself because it hangs
+_WRITE_EVERY = 10.0  # seconds
+
+
+class Phase:
+    """Where the training is: a name, and a count that moves whenever something has happened.
+
+    Setting it costs two assignments; no lock is needed, since one thread writes and the other only compares.
+    """
+
+    def __init__(self) -> None:
+        self.name = "start"
+        self.step = 0
+        self.moves = 0
+
+    def enter(self, name: str) -> None:
+        """The training does something else now: set-up, data, forward, backward, step, validation, checkpoint."""
+        self.name = name
+        self.moves += 1
+
+    def beat(self) -> None:
+        """The same phase goes on, and something has happened in it."""
+        self.moves += 1
+
+
+class Heartbeat:
+    """A thread that watches a ``Phase``.
+
+    Args:
+        phase: of this rank.
+        run: the run folder: ``heartbeat/rank-R.json`` is kept there, a hang leaves ``heartbeat/hang-rank-R.txt``.
+        rank: this process.
+        hang_after: seconds without a move that are a hang; None: only the file is written.
+        abort: end the process after the report, with exit code ``HUNG``.
+        on_hang: called once per hang with a sentence, from the watching thread.
+    """
+
+    def __init__(
+        self,
+        phase: Phase,
+        run: Path,
+        rank: int,
+        *,
+        hang_after: float | None,
+        abort: bool = False,
+        on_hang: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._phase, self._rank = phase, rank
+        self._folder = run / FOLDER
+        self._hang_after, self._abort, self._on_hang = hang_after, abort, on_hang
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="mooring-heartbeat", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._folder.mkdir(exist_ok=True)
+        self._write(0.0)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        if error is None:
+            self._phase.enter("ended")
+        with contextlib.suppress(OSError):
+            self._write(0.0)
+
+    def _watch(self) -> None:
+        every = _WRITE_EVERY if self._hang_after is None else min(_WRITE_EVERY, self._hang_after / 4)
+        moves, since, reported = self._phase.moves, time.monotonic(), False
+        while not self._stop.wait(every):
+            if self._phase.moves != moves:
+                moves, since, reported = self._phase.moves, time.monotonic(), False
+            quiet = time.monotonic() - since
+            with contextlib.suppress(OSError):  # a full disk is the training's to report
+                self._write(quiet)
+                if self._hang_after is not None and quiet >= self._hang_after and not reported:
+                    reported = True
+                    self._report(quiet)
+
+    def _write(self, quiet: float) -> None:
+        """This rank's file, whole or not at all."""
+        text = json.dumps(
+            {
+                "rank": self._rank,
+                "host": socket.gethostname(),
+                "process": os.getpid(),
+                "phase": self._phase.name,
+                "step": self._phase.step,
+                "seconds without a move": round(quiet, 1),
+                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            }
+        )
+        part = self._folder / f".rank-{self._rank}.part"
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(self._folder / f"rank-{self._rank}.json")
+
+    def _report(self, quiet: float) -> None:
+        file = self._folder / f"hang-rank-{self._rank}.txt"
+        told = "\n".join(f"  rank {rank}: {what}" for rank, what in ranks_at(self._folder.parent).items())
+        with file.open("w", encoding="utf-8") as out:
+            out.write(
+                f"rank {self._rank} has been in '{self._phase.name}' (step {self._phase.step}) for {quiet:.0f} s "
+                f"without a move\n\nphase of each rank:\n{told}\n\nwhere the threads of rank {self._rank} are:\n"
+            )
+            out.flush()
+            faulthandler.dump_traceback(out, all_threads=True)
+        self._on_hang(
+            f"rank {self._rank} hangs: nothing has moved for {quiet:.0f} s in '{self._phase.name}' of step "
+            f"{self._phase.step}; phases of all ranks and stacks are in {file}"
+        )
+        if self._abort:
+            os._exit(HUNG)
+
+
+def ranks_at(run: Path) -> dict[int, str]:
+    """Rank -> phase, step and age of its last word, as the heartbeat files of a run tell."""
+    found: dict[int, str] = {}
+    for file in sorted((run / FOLDER).glob("rank-*.json")):
+        try:
+            told: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
+            found[int(told["rank"])] = (
+                f"'{told['phase']}', step {told['step']}, {told['seconds without a move']} s without a move at "
+                f"{told['time']}, process {told['process']} on {told['host']}"
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # being replaced, or of another version
+    return found
