@@ -6,7 +6,7 @@ import contextlib
 import faulthandler
 import json
 import os
-import socket
+import platform
 import threading
 import time
 from collections.abc import Callable
@@ -104,7 +104,7 @@ class Heartbeat:
         text = json.dumps(
             {
                 "rank": self._rank,
-                "host": socket.gethostname(),
+                "host": platform.node(),
                 "process": os.getpid(),
                 "phase": self._phase.name,
                 "step": self._phase.step,
