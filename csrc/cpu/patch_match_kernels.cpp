@@ -242,7 +242,9 @@ void largest_codes(const float* codes, int64_t entries, int given, Vec* largest)
 bool select(const float* codes, const float* cosines, int64_t P, const int32_t* take, Pairs* pairs) {
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
     int most = 0;
+    uint32_t used = 0;  // lanes without a problem may hold anything, NaN and infinity too
     for (int l = 0; l < W; ++l) {
+        used |= static_cast<uint32_t>(take[l] != 0) << l;
         // a NaN among the cosines of a problem is in every sum, and so in each of its codes
         if (take[l] != 0 && !(codes[l] == codes[l])) return false;
         const int reach = take[l] < 0 ? -take[l] : take[l];
@@ -270,7 +272,7 @@ bool select(const float* codes, const float* cosines, int64_t P, const int32_t* 
         for (int64_t b = 0; b < P; ++b) {
             const Vec code = Vec::load(codes + (a * P + b) * W);
             const uint32_t outside = less_mask(code, from) | less_mask(to, code);
-            for (uint32_t taken = ~outside & ((1u << W) - 1u); taken != 0; taken &= taken - 1) {
+            for (uint32_t taken = ~outside & used; taken != 0; taken &= taken - 1) {
                 const int l = __builtin_ctz(taken);
                 pairs->row[found] = static_cast<int32_t>(l * P + b);
                 pairs->cosine[found] = cosines[(a * P + b) * W + l];

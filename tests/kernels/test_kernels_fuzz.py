@@ -54,5 +54,5 @@ def test_no_call_reads_or_writes_outside_its_buffers(repository: Path) -> None:
         int, re.findall(r"^(\d+) functions, (\d+) calls, (\d+) wrong numbers", told)[0]
     )
     assert functions >= 20 and calls >= 50 * functions
-    # what a wrong number does not refuse is a flag, a dtype or a number that happens to be allowed
-    assert numbers > 0.5 * calls
+    # a wrong number is negative, or larger than any memory
+    assert numbers >= calls
