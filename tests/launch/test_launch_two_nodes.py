@@ -164,6 +164,7 @@ def test_a_cut_cable_ends_the_job_on_both_sides(nodes: TwoNodes) -> None:
         nodes.join_the_cable()
 
 
+@pytest.mark.slow
 def test_a_node_without_power_ends_the_job(nodes: TwoNodes) -> None:
     process, _ = endless(nodes, timeout=600, launcher="torchrun")
     nodes.switch_off("node1")
