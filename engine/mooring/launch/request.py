@@ -143,7 +143,7 @@ def launch_request(
     if problems:
         raise ConfigError("\n  ".join(["the launch cannot be planned:", *problems]))
 
-    hosts = read_hostfile(hostfile) if hostfile is not None else ()
+    hosts: tuple[Host, ...] = read_hostfile(hostfile) if hostfile is not None else ()
     if not hosts and not slurm:
         hosts = (Host("localhost", processes or 1),)
     if hosts and high is not None and high != len(hosts):

@@ -46,6 +46,7 @@ def run_with_restarts(
 
     handlers = {signal.SIGINT: wait_for_it, **dict.fromkeys(_PASSED_ON, pass_on)}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    code = 0
     try:
         for attempt in range(restarts + 1):
             process = subprocess.Popen(again if attempt else first)
