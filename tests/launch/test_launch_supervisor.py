@@ -172,8 +172,12 @@ def agent(folder: Path, *, silence: float) -> subprocess.Popen[bytes]:
 
 @pytest.mark.parametrize("how", ["closed", "silent", "killed"])
 def test_a_command_does_not_outlive_its_supervisor(tmp_path: Path, how: str) -> None:
-    process = agent(tmp_path, silence=0.5 if how == "silent" else 60)
+    process = agent(tmp_path, silence=2 if how == "silent" else 60)
     assert process.stdin is not None
+    while not (tmp_path / "pid").is_file():  # the supervisor lives until then, however slow this machine is
+        process.stdin.write(b'{"asked": 0}\n')
+        process.stdin.flush()
+        time.sleep(0.1)
     command = int(wait_for(tmp_path / "pid"))
     if how == "closed":
         process.stdin.close()

@@ -150,10 +150,9 @@ def launch_request(
         raise ConfigError(
             f"--nodes: got {nodes} for {len(hosts)} hosts; the larger number is that of the hosts"
         )
+    first = hosts[0].name if hosts else ""
     meeting = Rendezvous(
-        address=FIRST
-        if slurm
-        else master_addr or ("127.0.0.1" if hosts[0].name == "localhost" else hosts[0].name),
+        address=FIRST if slurm else master_addr or ("127.0.0.1" if first == "localhost" else first),
         port=master_port,
         backend=rendezvous,
         min_nodes=low if low != high else None,
