@@ -305,16 +305,21 @@ def resume_run(
 
 def _train(config: RunConfig, *, dry_run: bool = False) -> None:
     """Builds and trains, and says what came of it."""
+    from mooring.distributed import launched_ranks
     from mooring.report.progress import counting
     from mooring.train.engine import Engine
 
+    first = launched_ranks().is_first  # of several processes, the first one speaks
+
     # a first use of a data path decodes every image: that can take minutes, and must not look like a hang
-    with counting("reading the data", "images", config.report.progress) as progress:
+    with counting("reading the data", "images", config.report.progress if first else "quiet") as progress:
         engine = Engine.build(config, scan_progress=progress)
-    _print_data_notes(config, engine.parts.manifest)
+    if first:
+        _print_data_notes(config, engine.parts.manifest)
     if dry_run:
         try:
-            _print_plan(config, engine.plan())
+            if first:
+                _print_plan(config, engine.plan())
         finally:
             engine.close()
         return
@@ -326,14 +331,16 @@ def _train(config: RunConfig, *, dry_run: bool = False) -> None:
             f"stopped at once; the last saved state is in {config.out or 'the newest folder of runs/'}",
         )
         raise typer.Exit(INTERRUPTED) from None
-    _print_result(config, result)
+    if first:
+        _print_result(config, result)
     if result.interrupted:
         from mooring.launch.restart import PREEMPTED
 
-        _fail(
-            "preempted" if result.preempted else "interrupted",
-            f"what was finished is in {result.run}; continue with  mooring train --resume {result.run}",
-        )
+        if first:
+            _fail(
+                "preempted" if result.preempted else "interrupted",
+                f"what was finished is in {result.run}; continue with  mooring train --resume {result.run}",
+            )
         raise typer.Exit(PREEMPTED if result.preempted else INTERRUPTED)
 
 

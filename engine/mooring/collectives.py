@@ -62,13 +62,33 @@ def gather_rows(rows: Tensor, ranks: Ranks, purpose: str) -> Tensor:
     Returns:
         [world B, ...]; ``rows`` itself on a single rank.
     """
+    return begin_gather_rows(rows, ranks, purpose).wait()
+
+
+class Pending:
+    """An exchange that has begun, while the caller goes on."""
+
+    def __init__(self, result: Tensor, work: dist.Work | None = None, sent: Tensor | None = None) -> None:
+        self._result, self._work = result, work
+        self._sent = sent  # must live until it is sent
+
+    def wait(self) -> Tensor:
+        """Its result. On a GPU the stream waits for it, not the host."""
+        if self._work is not None:
+            self._work.wait()
+        self._work = self._sent = None
+        return self._result
+
+
+def begin_gather_rows(rows: Tensor, ranks: Ranks, purpose: str) -> Pending:
+    """``gather_rows`` in the background; the exchanges of a rank happen in the order in which they begin."""
     rows = rows.detach()
     if ranks.world == 1:
-        return rows
+        return Pending(rows)
     TRAFFIC.count(rows, purpose)
+    rows = rows.contiguous()
     every = rows.new_empty(ranks.world * rows.shape[0], *rows.shape[1:])
-    _all_gather(every, rows.contiguous())
-    return every
+    return Pending(every, _all_gather(every, rows, async_op=True), rows)
 
 
 def summed(tensor: Tensor, ranks: Ranks, purpose: str) -> Tensor:

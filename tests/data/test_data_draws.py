@@ -219,11 +219,23 @@ def test_more_processes_share_the_batches_of_one() -> None:
         assert np.array_equal(whole.rows, np.concatenate([part.rows for part in parts]))
 
 
+def test_interleaved_ranks_share_any_part_of_a_batch() -> None:
+    alone = EpochOrder(50, 12, seed=2, shuffle=True, drop_last=True)
+    ranks = [
+        EpochOrder(50, 4, seed=2, shuffle=True, drop_last=True, rank=r, world=3, interleaved=True)
+        for r in range(3)
+    ]
+    for whole, *parts in zip(alone.epoch(1), *(order.epoch(1) for order in ranks), strict=True):
+        for rows in (1, 2, 4):
+            taken = {int(row) for part in parts for row in part.rows[:rows]}
+            assert taken == set(whole.rows[: 3 * rows].tolist())
+
+
 @pytest.mark.parametrize(
     ("settings_", "says"),
     [
         ({"count": 5, "batch_size": 6}, "at most 5"),
-        ({"count": 11, "batch_size": 6, "world": 2}, "at most 5"),
+        ({"count": 11, "batch_size": 6, "world": 2}, "at most 10"),
         ({"count": 0, "batch_size": 1}, "got none"),
         ({"count": 5, "batch_size": 0}, "batch_size >= 1"),
         ({"count": 5, "batch_size": 1, "world": 2, "rank": 2}, "rank < world"),

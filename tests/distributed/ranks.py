@@ -38,7 +38,7 @@ class RankPool:
             self._pipes.append(here)
             self._processes.append(process)
 
-    def run(self, function: str, /, *, seconds: float = 240, **arguments: Any) -> list[Any]:
+    def run(self, function: str, /, *, seconds: float = 560, **arguments: Any) -> list[Any]:
         """``module:function(**arguments)`` on every rank; the results by rank.
 
         Raises:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,34 @@ def fit(**tables: Any) -> dict[str, Any]:
             "test": None if result.test is None else (result.test.scalars(), result.test.n),
             "best_epoch": result.best_epoch,
         }
+
+
+def stopped_and_continued(steps: int, **tables: Any) -> dict[str, Any]:
+    """A run that a signal to rank 1 stops after some steps, and its continuation."""
+    config = RunConfig.model_validate(tables)
+    engine = Engine.build(config)
+    step = engine.step
+
+    def stopping(group: Any) -> Any:
+        result = step(group)
+        if engine.global_step == steps and engine.ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    engine.step = stopping  # type: ignore[method-assign]
+    first = engine.fit()
+    assert first.preempted and engine.global_step == steps
+    return fit(**tables, resume="auto")
+
+
+def warned(**tables: Any) -> list[str]:
+    """What rank 0 is told of the warnings of others."""
+    with Engine.build(RunConfig.model_validate(tables)) as engine:
+        log = logging.getLogger("mooring.somewhere")
+        log.warning("said by all")
+        if engine.ranks.rank == 1:
+            log.warning("said by one")
+        return engine.warnings.collect() + engine.warnings.collect()
 
 
 def seen(**tables: Any) -> list[list[int]]:

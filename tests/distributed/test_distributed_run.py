@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from ranks import RankPool
 from run_cases import fit, seen
+from safetensors.torch import load_file
 
 from mooring.report.metrics_log import read_metrics
 
@@ -30,7 +32,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
     return {
         "data": {"path": str(root), "source": "torch", "workers": 1},
-        "model": {"name": "vit_tiny_patch16_224", "weights": "none"},
+        "model": {"name": "test_vit", "weights": "none"},
         "train": {"epochs": 2, "batch_size": 6, "image_size": 32, "eval_size": 32, "device": "cpu"},
         "method": {"name": "dr_tune", "bank_size": 12, "rotation_period": 2},
         "report": {"progress": "quiet", "log_every": 1, "plots": False, "tensorboard": False},
@@ -49,6 +51,13 @@ def with_changes(recipe: dict[str, Any], **changes: Any) -> dict[str, Any]:
         key: recipe[key] | value if isinstance(recipe.get(key), dict) else value
         for key, value in changes.items()
     }
+
+
+def divided(folder: Path) -> Path:
+    """Settings under which DeepSpeed leaves no parameter whole at stage 3, however small."""
+    file = folder / "deepspeed.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
+    return file
 
 
 def losses(run: Path) -> list[float]:
@@ -79,6 +88,53 @@ def test_a_run_of_two_ranks_is_the_run_of_one(
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     assert (tmp_path / "two" / "model" / "model.safetensors").is_file()
     assert (tmp_path / "two" / "result.json").is_file()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_deepspeed_runs_validates_averages_and_exports(
+    two_ranks: RankPool, recipe: dict[str, Any], tmp_path: Path, stage: int
+) -> None:
+    averaged = with_changes(recipe, train={"ema_decay": 0.8, "clip_grad_norm": 1.0})
+    alone = fit(**averaged, out=str(tmp_path / "one"))
+    both = two_ranks.run(
+        "run_cases:fit",
+        **averaged,
+        out=str(tmp_path / "two"),
+        backend={"name": "deepspeed", "zero_stage": stage, "deepspeed_config": str(divided(tmp_path))},
+    )
+    for result in both:
+        assert result["backend"] == "deepspeed"
+        assert torch.equal(result["val"][2], alone["val"][2])
+        assert result["val"][0] == pytest.approx(alone["val"][0], rel=1e-4, abs=1e-5)
+        assert result["test"][0] == pytest.approx(alone["test"][0], rel=1e-4, abs=1e-5)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [{"name": "ddp"}, {"name": "deepspeed", "zero_stage": 1}, {"name": "deepspeed", "zero_stage": 3}],
+    ids=lambda backend: backend["name"] + str(backend.get("zero_stage", "")),
+)
+def test_a_signal_to_one_rank_stops_all_and_the_run_continues_exactly(
+    two_ranks: RankPool, recipe: dict[str, Any], tmp_path: Path, backend: dict[str, Any]
+) -> None:
+    """DR-Tune with banks of their own: each rank's state is in its part of the checkpoint."""
+    private = with_changes(recipe, method={"bank_scope": "private"}) | {"backend": backend}
+    whole = two_ranks.run("run_cases:fit", **private, out=str(tmp_path / "whole"))
+    parts = two_ranks.run("run_cases:stopped_and_continued", steps=7, **private, out=str(tmp_path / "parts"))
+    for one, other in zip(whole, parts, strict=True):
+        assert one["val"][0] == other["val"][0] and one["test"] == other["test"]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_warnings_of_other_ranks_reach_the_first(two_ranks: RankPool, recipe: dict[str, Any]) -> None:
+    assert two_ranks.run("run_cases:warned", **recipe) == [["rank 1: said by one"], []]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mooring.distributed import Ranks
 from mooring.methods.bank import BankSpec, FeatureBank
 
 
@@ -145,3 +146,16 @@ def test_a_ring_per_class_round_trips_and_tells_heads_apart() -> None:
 def test_classes_must_fit_the_layout(layout: Literal["fifo", "per_class"], classes: int) -> None:
     with pytest.raises(ValueError, match=rf"with layout '{layout}', got {classes}"):
         FeatureBank(BankSpec(4, {"image": 5}, layout=layout, classes=classes))
+
+
+@pytest.mark.parametrize(
+    "spec, says",
+    [
+        (BankSpec(5, {"image": 5}, scope="sharded"), "multiple of the 2 ranks; got 5: take 6"),
+        (BankSpec(4, {"image": 5}, layout="per_class", classes=2, scope="sharded"), "gathered or private"),
+    ],
+)
+def test_a_sharded_bank_must_divide(spec: BankSpec, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        FeatureBank(spec, ranks=Ranks(0, 2, 0))
+    assert len(FeatureBank(spec).view().labels) == spec.slots  # on a single rank there is nothing to divide

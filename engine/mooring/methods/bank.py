@@ -9,10 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mooring.collectives import gather_rows
+from mooring.collectives import Pending, begin_gather_rows
 from mooring.distributed import ALONE, Ranks
 from mooring.methods.base import StateTree
 from mooring_kernels import class_ring_push_, ring_push_
+
+_KEYS = "labels and ids"  # no name of a field
 
 Scope = Literal["gathered", "sharded", "private"]
 
@@ -116,6 +118,8 @@ class FeatureBank:
         self._all_ids = torch.full((slots + 1,), -1, dtype=torch.int64, device=device)
         self._ids = self._all_ids[:slots]
         self._class_heads = torch.zeros(spec.classes, dtype=torch.int64, device=device)
+        # by the labels' identity, which are held so that it stays theirs
+        self._sent: dict[int, tuple[Tensor, dict[str, Pending]]] = {}
 
     def __len__(self) -> int:
         """Slots written so far, on all ranks (padding rows count in one ring: they take a slot and stay masked).
@@ -179,13 +183,35 @@ class FeatureBank:
         self._filled = min(rows, self._filled + ids.shape[0])
         return first % rows, batch
 
+    def send(self, fields: Mapping[str, Tensor], labels: Tensor, ids: Tensor) -> None:
+        """Begins the exchange of rows that a later ``push`` with these labels stores: beside the backward pass.
+
+        Args:
+            fields, labels, ids: as for ``push``.
+        """
+        if self.ranks.world > 1 and self.spec.rows > 0 and labels.shape[0] > 0:
+            self._sent[id(labels)] = labels, self._begin(fields, labels, ids)
+
+    def forget_sent(self) -> None:
+        """Drops rows that were sent and never pushed, as where a step was left out."""
+        for _, pending in self._sent.values():
+            for part in pending.values():
+                part.wait()
+        self._sent = {}
+
+    def _begin(self, fields: Mapping[str, Tensor], labels: Tensor, ids: Tensor) -> dict[str, Pending]:
+        # in fp32: rounding to bf16 comes after the normalisation, as on a single rank
+        rows = {name: fields[name].detach().float() for name in self._fields}
+        rows[_KEYS] = torch.stack([labels, ids], 1)
+        return {name: begin_gather_rows(values, self.ranks, "bank rows") for name, values in rows.items()}
+
     def _gathered(
         self, fields: Mapping[str, Tensor], labels: Tensor, ids: Tensor
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """The rows of all ranks. In fp32: rounding to bf16 comes after the normalisation, as on a single rank."""
-        sent = {name: fields[name].detach().float() for name in self._fields}
-        every = {name: gather_rows(rows, self.ranks, "bank rows") for name, rows in sent.items()}
-        keys = gather_rows(torch.stack([labels, ids], 1), self.ranks, "bank rows")
+        """The rows of all ranks."""
+        _, pending = self._sent.pop(id(labels), (labels, None))
+        every = {name: part.wait() for name, part in (pending or self._begin(fields, labels, ids)).items()}
+        keys = every.pop(_KEYS)
         return every, keys[:, 0].contiguous(), keys[:, 1].contiguous()
 
     def _push_own_slots(self, fields: Mapping[str, Tensor], labels: Tensor, ids: Tensor) -> tuple[int, int]:

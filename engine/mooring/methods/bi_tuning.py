@@ -99,6 +99,7 @@ class BiTuning(Method):
         return [*self.buffers(), *self.key.parameters(), *self.key.buffers()], []
 
     def before_step(self, at: At) -> None:
+        self.queue.forget_sent()
         self.key.follow(self._followed(), self.settings.key_momentum)
 
     def additions(self, run: Forward, at: At) -> dict[str, Tensor]:
@@ -137,6 +138,7 @@ class BiTuning(Method):
 
     def pushed(self, run: Forward) -> Mapping[str, Tensor]:
         keys, self._keys = self._keys, {}
+        self.queue.send(keys, run.batch.labels, run.batch.ids)
         return keys
 
     @torch.no_grad()

@@ -257,6 +257,8 @@ class ConceptTuning(Method):
         return [*self.buffers(), *self.key.parameters(), *self.key.buffers()], list(self._draws.values())
 
     def before_step(self, at: At) -> None:
+        for queue in self._queues.values():
+            queue.forget_sent()
         begin = self.warm_up_steps(at.total_steps)
         if at.step > begin or begin == 0:
             self.key.follow(self._followed(), self.settings.key_momentum)
@@ -400,14 +402,16 @@ class ConceptTuning(Method):
 
     def pushed(self, run: Forward) -> Mapping[str, Tensor]:
         keys, self._keys = self._keys, {}
+        for queue in self._queues.values():
+            if rows := _rows_of(queue, keys):
+                queue.send(rows, run.batch.labels, run.batch.ids)
         return keys
 
     @torch.no_grad()
     def after_step(self, outputs: list[StepOutput], batches: list[Batch], at: At) -> None:
         for output, batch in zip(outputs, batches, strict=True):
             for queue in self._queues.values():
-                rows = {field: output.push[field] for field in queue.spec.fields if field in output.push}
-                if rows:  # none during the warm-up, no patches before their first epoch
+                if rows := _rows_of(queue, output.push):
                     queue.push(rows, batch.labels, batch.ids)
 
     # ---------------------------------------------------------------- inference
@@ -455,3 +459,8 @@ class ConceptTuning(Method):
         self.key.load_state(state["key"])
         for name, generator in self._draws.items():
             generator.set_state(state["draws"][name].cpu())
+
+
+def _rows_of(queue: FeatureBank, keys: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The keys that a queue takes; none during the warm-up, no patches before their first epoch."""
+    return {field: keys[field] for field in queue.spec.fields if field in keys}

@@ -156,6 +156,7 @@ class DRTune(Method):
 
     @torch.no_grad()
     def before_step(self, at: At) -> None:
+        self.bank.forget_sent()
         if self.settings.rotation == "off" or len(self.bank) == 0:
             return
         if self._phase(at) == 0 or self.rotation is None:
@@ -282,7 +283,9 @@ class DRTune(Method):
             ((labels >= -1) & (labels < classes)).all(),
             f"labels must be -1 (padding) or 0..{classes - 1}",
         )
-        return {"frozen": run.frozen_features, "tuned": run.features.detach().float()}
+        rows = {"frozen": run.frozen_features, "tuned": run.features.detach().float()}
+        self.bank.send(rows, labels, run.batch.ids)
+        return rows
 
     @torch.no_grad()
     def after_step(self, outputs: list[StepOutput], batches: list[Batch], at: At) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -36,18 +36,28 @@ class MomentumCopy(nn.Module):
     @torch.no_grad()
     def copy_from(self, networks: Mapping[str, nn.Module]) -> None:
         """Takes parameters and buffers as they are now."""
+        self._each(networks, lambda own, followed: [p.copy_(q) for p, q in zip(own, followed, strict=True)])
         for name, network in networks.items():
-            self.networks[name].load_state_dict(network.state_dict())
+            for own, followed in zip(self.networks[name].buffers(), network.buffers(), strict=True):
+                own.copy_(followed)
 
     @torch.no_grad()
     def follow(self, networks: Mapping[str, nn.Module], momentum: float) -> None:
         """One step of the average; does not wait for the device."""
+        self._each(networks, lambda own, followed: ema_(own, followed, momentum))
+
+    def _each(
+        self,
+        networks: Mapping[str, nn.Module],
+        function: Callable[[list[nn.Parameter], list[nn.Parameter]], object],
+    ) -> None:
+        """Calls the function with runs of own and of followed parameters, the latter whole."""
         own = [p for name in networks for p in self.networks[name].parameters()]
         followed = [p for network in networks.values() for p in network.parameters()]
         copies = {id(q): p for p, q in zip(own, followed, strict=True)}
         for chunk in chunks(followed):
             with whole(chunk):
-                ema_([copies[id(q)] for q in chunk], chunk, momentum)
+                function([copies[id(q)] for q in chunk], chunk)
 
     def take_mode(self, networks: Mapping[str, nn.Module]) -> None:
         """Puts every layer into the mode its original is in, so that frozen statistics are frozen here too."""

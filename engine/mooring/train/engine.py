@@ -35,6 +35,7 @@ from mooring.train.evaluate import EvalResult, evaluate
 from mooring.train.exactness import Difference
 from mooring.train.health.step import StepHealth
 from mooring.train.mixer import Mixer
+from mooring.train.rank_warnings import RankWarnings
 from mooring.train.results import RunPlan, RunResult, StepResult
 from mooring.train.seeding import seed_everything
 from mooring.train.selection import BestEpoch
@@ -64,6 +65,7 @@ class Engine:
         self.method = parts.method
         self.backend = parts.backend
         self.ranks = parts.backend.ranks
+        self.warnings = RankWarnings(self.ranks)
         self.optimizer = parts.optimizer
         self.schedule = parts.schedule
         self.ema = parts.ema
@@ -371,9 +373,8 @@ class Engine:
 
     def _evaluate(self, source: EpochSource, check: Callable[[], None] | None) -> EvalResult:
         source.rewind()
-        self.hand_over()
         return evaluate(
-            self.backend.predict,
+            self.backend.predict if self._handed_over else self.method.predict,
             source if check is None else _checked(source, check),
             self.parts.num_classes,
             device=self.backend.device,
@@ -520,6 +521,7 @@ class Engine:
                 source.close()
         if self.parts.held_out is not None:
             self.parts.held_out.close()
+        self.warnings.close()
         if self._checkpoints is not None:
             self._checkpoints.wait()
 

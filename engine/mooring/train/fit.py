@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mooring.collectives import TRAFFIC
 from mooring.config.load import as_started, to_toml
 from mooring.config.method_settings import method_title
 from mooring.data.source import EpochSource
@@ -86,6 +88,9 @@ class Fit:
             self.running.load_state_dict(before["running"], engine.backend.device)
         self.rows_since: int = before.get("rows_since", 0)
         self.since = time.perf_counter() - before.get("seconds_since", 0.0)
+        # of this process: what it sent in its training steps
+        self.sent: Counter[str] = Counter()
+        self.steps = 0
 
     def run(self) -> RunResult:
         engine = self.engine
@@ -208,6 +213,8 @@ class Fit:
         measured = None
         if engine.parts.held_out is not None:
             measured = engine.discrimination(check=self._check)
+        for warning in engine.warnings.collect():
+            self.progress.note(warning)
         val = next(iter(results.values()))
         self._log_eval("val", epoch, val)
         if measured is not None:
@@ -225,7 +232,10 @@ class Fit:
         if self.rows_since == 0:
             self.since = time.perf_counter()  # validation is not training
         for group in engine.epoch_groups():
+            already_sent = TRAFFIC.bytes.copy()
             result = engine.step(group)
+            self.sent.update(TRAFFIC.since(already_sent))
+            self.steps += 1
             self.running.add(result.metrics)
             self.health.after_step(result)
             self.rows_since += self.ranks.world * sum(b.labels.shape[0] for b in group)
@@ -429,6 +439,8 @@ class Fit:
                 "seconds": result.seconds,
                 "interrupted": result.interrupted,
                 "inexact": self.engine.inexact,
+                "processes": self.ranks.world,
+                "bytes_sent_per_step": {name: total // self.steps for name, total in self.sent.items()},
                 "steps": self.engine.global_step,
                 "total_steps": self.engine.total_steps,
             },
