@@ -31,6 +31,7 @@ STAGES = [
     "sync the parent",
     "replace the pointer",
     "delete old checkpoints",
+    "remove",
     "done",
 ]
 
@@ -100,8 +101,9 @@ def processes() -> Any:
 
 
 def test_the_stages_are_those_of_a_write(tmp_path: Path) -> None:
+    write(CheckpointStore(tmp_path / "c"), 1)
     seen: list[str] = []
-    write(CheckpointStore(tmp_path / "c", stage=seen.append), 1)
+    write(CheckpointStore(tmp_path / "c", keep=Retention(last=1), stage=seen.append), 2)
     assert seen == STAGES
 
 

@@ -225,9 +225,11 @@ class CheckpointStore:
             return  # nothing of what would stay can be read back: what is older may be the last good one
         for i, ref in enumerate(refs):
             if i not in kept:
-                # the manifest first: a folder that is half deleted must not look like a checkpoint
-                (ref.folder / MANIFEST).unlink(missing_ok=True)
-                shutil.rmtree(ref.folder, ignore_errors=True)
+                # under a name that does not count, and that is tidied up where this process dies
+                leaving = ref.folder.with_name(ref.folder.name + _PARTIAL)
+                ref.folder.rename(leaving)
+                self._stage("remove")
+                shutil.rmtree(leaving, ignore_errors=True)
 
     def _agreed(self, work: Callable[[], _T]) -> _T:
         """Rank 0 does the work; all ranks have its result, or raise its error."""
