@@ -163,4 +163,15 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         lrs=(1e-4, 3e-4, 1e-3),
         shots=(2,),
     ),
+    "why_co_tuning": Experiment(
+        title="Co-Tuning where it is behind: `tf_flowers5`, 5 images a class, EfficientNet-Lite0",
+        settings=_few_shot("tf_flowers5", _LITE0, ()).settings,
+        methods=("fine_tune", "co_tuning"),
+        variants={
+            "co_tuning, weight 0.23": ("co_tuning", ("method.co_weight=0.23",)),
+            "co_tuning, weight 0.023": ("co_tuning", ("method.co_weight=0.023",)),
+        },
+        lrs=(1e-4, 3e-4, 1e-3),
+        shots=(5,),
+    ),
 }  # fmt: skip
