@@ -149,6 +149,12 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         lrs=(3e-4, 1e-3),
         shots=(10,),
     ),
+    "why_rates": Experiment(
+        title="Fruit, all training photos, all at the rate that plain fine-tuning chose, EfficientNet-Lite0, 96 pixels",
+        settings=("data={demo}/groceries.parquet", *_LITE0, *_pixels(96), *_TINY, "train.epochs=3"),
+        methods=("fine_tune", "l2_sp", "delta", "stoch_norm", "dr_tune", "tes", "daft"),
+        lrs=(1e-3,),
+    ),
     "why_dr_tune": Experiment(
         title="DR-Tune where it is behind: `flowers12`, 2 images a class, EfficientNet-Lite0",
         settings=_few_shot("flowers12", _LITE0, ()).settings,
