@@ -144,6 +144,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             "bi_tuning, batch statistics": ("bi_tuning", ("train.batchnorm=train",)),
             "concept_tuning, in a projection": ("concept_tuning", ("method.embed=proj",)),
             "concept_tuning, from step 0": ("concept_tuning", ("method.contrast_warm_up=0.0",)),
+            "concept_tuning, kept statistics": ("concept_tuning", ("train.batchnorm=frozen",)),
             "concept_tuning, channel slices": ("concept_tuning", ("method.concept_source=channel_slices",)),
         },
         lrs=(3e-4, 1e-3),
