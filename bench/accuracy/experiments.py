@@ -109,7 +109,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         settings=(
             "data={demo}/groceries.parquet", *_LITE0, *_pixels(96), *_TINY, "train.epochs=3",
             "report.discrimination=true",
-            "report.unseen={assets}/datasets/flowers12",
+            "report.unseen={assets}/datasets/flowers12/test",
             "report.source={assets}/datasets/tiny_imagenet200",
             "report.source_classes={assets}/datasets/tiny_imagenet200/classes.tsv",
         ),
