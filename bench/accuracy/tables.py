@@ -19,6 +19,19 @@ from mooring.comparison.table import Line, lines, markdown
 
 RESULTS = ROOT / "bench" / "accuracy" / "RESULTS.md"
 PICTURE = PLOTS / "accuracy.png"
+_SOURCE = "source_top1"
+# What the README shows of the experiments; those that ask why are in RESULTS.md.
+_README = {
+    "Fruit in a supermarket, EfficientNet-Lite0: all 675 training photos, and 5 a class": (
+        "fruit",
+        "fruit_5_shots",
+    ),
+    "Few flowers, EfficientNet-Lite0": ("flowers12_lite0", "tf_flowers5_lite0"),
+    "Few flowers, ViT-tiny": ("flowers12_vit", "tf_flowers5_vit"),
+    "Trained on photos; tested on photos, art, cartoons and sketches": ("pacs6",),
+    "Soft Fine-tuning's schedules, and what is left of the source task": ("soft_lite0", "soft_resnet20"),
+    "Concept-Tuning and Bi-Tuning on varieties of fruit": ("fine_grained",),
+}
 _BEGIN, _END = "<!-- accuracy -->", "<!-- end of accuracy -->"
 _BLOCK = re.compile(re.escape(_BEGIN) + r"\n.*?" + re.escape(_END), flags=re.DOTALL)
 
@@ -69,25 +82,38 @@ def _parts(records: Sequence[Record]) -> Iterator[tuple[str, list[Line]]]:
 
 
 def summary(found: Mapping[str, tuple[Record, list[Record]]]) -> str:
-    """A row per method, a column per experiment and part: test top-1, mean ± standard deviation; the best in bold."""
+    """A row per method, columns per experiment and part: top-1, mean ± standard deviation in percent; the best in bold.
+
+    Beside the test split stand the further test sets and, where it was measured, accuracy on the source task.
+    """
     columns: list[tuple[str, dict[str, str]]] = []
     order: list[str] = []
     for name, (_, records) in found.items():
         for label, own in _parts(records):
-            best = max(statistics.fmean(line.top1.values()) for line in own)
-            cells = {}
-            for line in own:
-                mean = statistics.fmean(line.top1.values())
-                spread = f" ± {100 * statistics.stdev(line.top1.values()):.1f}" if len(line.top1) > 1 else ""
-                text = f"{100 * mean:.1f}{spread}"
-                cells[line.method] = f"**{text}**" if mean == best else text
-                if line.method not in order:
-                    order.append(line.method)
-            columns.append(
-                (f"`{name}`" + (f", {label}" if label and not name.endswith("shots") else ""), cells)
-            )
+            order += [line.method for line in own if line.method not in order]
+            title = f"`{name}`" + (f", {label}" if label and label.replace(" ", "_") not in name else "")
+            columns.append((title, _column({line.method: line.top1 for line in own})))
+            for further in dict.fromkeys(further for line in own for further in line.extra_tests):
+                columns.append(
+                    (f"{title}: {further}", _column({line.method: line.extra_tests[further] for line in own}))
+                )
+            if all(_SOURCE in line.beyond for line in own):
+                columns.append(
+                    (f"{title}: source", _column({line.method: line.beyond[_SOURCE] for line in own}))
+                )
     rows = [[method, *(cells.get(method, "") for _, cells in columns)] for method in order]
     return _table(["method", *(title for title, _ in columns)], rows)
+
+
+def _column(values: Mapping[str, Mapping[int, float]]) -> dict[str, str]:
+    """Method -> mean ± standard deviation over seeds, in percent; the best in bold."""
+    means = {method: statistics.fmean(of.values()) for method, of in values.items()}
+    cells = {}
+    for method, of in values.items():
+        spread = f" ± {100 * statistics.stdev(of.values()):.1f}" if len(of) > 1 else ""
+        text = f"{100 * means[method]:.1f}{spread}"
+        cells[method] = f"**{text}**" if means[method] == max(means.values()) else text
+    return cells
 
 
 def cost_table(costs: Sequence[Record]) -> str:
@@ -112,7 +138,11 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def readme_block(found: Mapping[str, tuple[Record, list[Record]]], costs: Sequence[Record]) -> str:
     """What stands between the markers of the README."""
     picture = f"![Test top-1 over plain fine-tuning]({PICTURE.relative_to(ROOT)})"
-    parts = [_BEGIN, picture, "", summary(found)]
+    parts = [_BEGIN, picture, ""]
+    for heading, named in _README.items():
+        chosen = {name: found[name] for name in named if name in found}
+        if chosen:
+            parts += [f"**{heading}**", "", summary(chosen)]
     if costs:
         parts += [cost_table(costs)]
     return "\n".join(parts).rstrip() + f"\n{_END}"
@@ -143,7 +173,8 @@ def main() -> None:
     readme.write_text(
         with_block(readme.read_text(encoding="utf-8"), readme_block(found, costs)), encoding="utf-8"
     )
-    draw_gains({head["title"]: records for head, records in found.values()}, PICTURE)
+    shown = [found[name] for names in _README.values() for name in names if name in found]
+    draw_gains({head["title"]: records for head, records in shown}, PICTURE)
 
 
 if __name__ == "__main__":
