@@ -70,15 +70,15 @@ def _schedules(source: str) -> dict[str, tuple[str, tuple[str, ...]]]:
     }
 
 
-_WITH_MORE_IMAGES = {
+_CONCEPT = {"concept_tuning": ("concept_tuning", ("method.predict=auto", "method.patches=4"))}
+_SOFT = {
     "soft_fine_tuning": (
         "soft_fine_tuning",
         (
             "method.source_data={assets}/datasets/tiny_imagenet200",
             "method.source_classes={assets}/datasets/tiny_imagenet200/classes.tsv",
         ),
-    ),
-    "concept_tuning": ("concept_tuning", ("method.predict=auto", "method.patches=4")),
+    )
 }
 
 EXPERIMENTS: Mapping[str, Experiment] = {
@@ -86,7 +86,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         title="Fruit in a supermarket, all 675 training photos, EfficientNet-Lite0, 96 pixels",
         settings=("data={demo}/groceries.parquet", *_LITE0, *_pixels(96), *_TINY, "train.epochs=3"),
         methods=ALL,
-        variants=_WITH_MORE_IMAGES,
+        variants=_CONCEPT,  # soft_lite0 is Soft Fine-tuning under these settings
         lrs=(3e-4, 1e-3),
     ),
     "fruit_5_shots": Experiment(
@@ -96,7 +96,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
             "train.epochs=8", "train.batch_size=14",
         ),
         methods=ALL,
-        variants=_WITH_MORE_IMAGES,
+        variants=_SOFT | _CONCEPT,
         lrs=(3e-4, 1e-3),
         shots=(5,),
     ),
