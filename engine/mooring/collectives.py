@@ -124,7 +124,8 @@ class _Summed(torch.autograd.Function):
         return all_reduce_(tensor.detach().clone(memory_format=torch.contiguous_format), ranks, purpose)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grad_outputs
         total = grad.clone(memory_format=torch.contiguous_format)
         return all_reduce_(total, ctx.ranks, ctx.purpose), None, None
 
@@ -136,6 +137,7 @@ class _AllRows(torch.autograd.Function):
         return gather_rows(rows, ranks, purpose)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = grad_outputs
         first = ctx.ranks.rank * ctx.rows
         return ctx.ranks.world * grad[first : first + ctx.rows], None, None

@@ -42,7 +42,8 @@ class _DividedPull(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
         place = {id(p): i for i, p in enumerate(ctx.parameters)}
         gradients: list[Tensor | None] = [None] * len(ctx.parameters)
         for chunk in chunks(ctx.parameters):
