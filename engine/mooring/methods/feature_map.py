@@ -44,9 +44,9 @@ class FeatureMap(Method):
         tuned = run.recorded(self.stages)
         with torch.no_grad(), recorded_outputs(self.frozen_encoder.encoder, self.stages) as frozen:
             self.frozen_encoder(run.batch.images)
+        run.logits  # noqa: B018  the forward comes first, see weight_pull; and under the run's precision
         with torch.autocast(run.features.device.type, enabled=False):
             distance = run.over_ranks(self.distance(tuned, frozen, run.valid))
-            run.logits  # noqa: B018  the forward comes first, see weight_pull
             head = list(self.head.parameters())
             pull = weight_pull(head, [None] * len(head), self.settings.head_pull)
         return {self.name: 0.5 * self.settings.map_pull * distance + pull}
