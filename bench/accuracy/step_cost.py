@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import cycle, islice
 from pathlib import Path
@@ -55,9 +55,8 @@ class Stepper:
             self.engine.global_step %= self.engine.total_steps - 1  # the schedule has no end here
 
 
-def measure(label: str, common: Sequence[str], only: Sequence[str]) -> list[dict[str, object]]:
+def measure(label: str, common: Sequence[str], only: Sequence[str]) -> Iterator[dict[str, object]]:
     """One record per method; those that the encoder does not allow are left out, and said."""
-    records = []
     described = environment.describe(torch.device("cpu"))
     with_base = Stepper([*common, f"method={BASE}"])
     for method, words in METHODS.items():
@@ -77,34 +76,32 @@ def measure(label: str, common: Sequence[str], only: Sequence[str]) -> list[dict
         )
         ours, base = samples[method].seconds, samples[BASE].seconds
         ratios = paired_ratio(base, ours)
-        records.append(
-            {
-                "what": "step_cost",
-                "encoder": label,
-                "method": method,
-                "over": BASE,
-                "times": asdict(ratios),
-                "seconds": asdict(Quantiles.of([second / _STEPS for second in ours])),
-                "rounds": len(ours),
-                "steps_a_round": _STEPS,
-                "settings": [
-                    word for word in (*common, *words) if not word.startswith(("data=", "model.weights="))
-                ],
-                "clock": "CPU time, one thread",
-                "environment": described,
-                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            }
-        )
+        yield {
+            "what": "step_cost",
+            "encoder": label,
+            "method": method,
+            "over": BASE,
+            "times": asdict(ratios),
+            "seconds": asdict(Quantiles.of([second / _STEPS for second in ours])),
+            "rounds": len(ours),
+            "steps_a_round": _STEPS,
+            "settings": [
+                word for word in (*common, *words) if not word.startswith(("data=", "model.weights="))
+            ],
+            "clock": "CPU time, one thread",
+            "environment": described,
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        }
         print(f"{label}  {method:32} {ratios.p50:.2f} ({ratios.p20:.2f} to {ratios.p80:.2f})", flush=True)
         stepper.engine.close()
     with_base.engine.close()
-    return records
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.accuracy.step_cost", description=__doc__)
     parser.add_argument("--assets", type=Path, required=True, help="folder with weights/ and datasets/")
     parser.add_argument("--methods", default="", help="comma-separated; none: all")
+    parser.add_argument("--encoders", default="", help="comma-separated; none: both")
     parser.add_argument("--records", type=Path, default=FOLDER, help="where the record is written")
     args = parser.parse_args()
     weights = args.assets / "weights"
@@ -117,12 +114,12 @@ def main() -> None:
         "tf_efficientnet_lite0": "tf_efficientnet_lite0.in1k.fp16.safetensors",
         "vit_tiny_patch16_224": "vit_tiny_patch16_224.augreg_in21k_ft_in1k.fp16.safetensors",
     }
-    records = []
-    for name, file in encoders.items():
-        records += measure(name, (*common, f"model.name={name}", f"model.weights={weights / file}"), only)
     args.records.mkdir(parents=True, exist_ok=True)
-    with (args.records / FILE).open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+    for name in encoders if not args.encoders else args.encoders.split(","):
+        words = (*common, f"model.name={name}", f"model.weights={weights / encoders[name]}")
+        for record in measure(name, words, only):
+            with (args.records / FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":
