@@ -86,7 +86,6 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         title="Fruit in a supermarket, all 675 training photos, EfficientNet-Lite0, 96 pixels",
         settings=("data={demo}/groceries.parquet", *_LITE0, *_pixels(96), *_TINY, "train.epochs=3"),
         methods=ALL,
-        variants=_CONCEPT,  # soft_lite0 is Soft Fine-tuning under these settings
         lrs=(3e-4, 1e-3),
     ),
     "fruit_5_shots": Experiment(

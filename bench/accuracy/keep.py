@@ -50,8 +50,10 @@ def keep(
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.jsonl"
     text = "".join(json.dumps(_rounded(line)) + "\n" for line in lines)
+    home = f"{Path.home()}/"
     for root, path in roots.items():
-        text = text.replace(str(path), f"{{{root}}}")
+        for written in {str(path), str(path).replace(home, "~/", 1)}:  # comparisons shorten the home folder
+            text = text.replace(written, f"{{{root}}}")
     file.write_text(text, encoding="utf-8")
     return file
 

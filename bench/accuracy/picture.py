@@ -45,7 +45,7 @@ def draw_gains(found: Mapping[str, Sequence[Record]], file: Path) -> None:
             axes.axvline(0, color="black", linewidth=0.8)
             axes.set_yticks(range(len(own)), [method for method, _ in own])
             axes.set_ylim(len(own) - 0.5, -0.5)
-            axes.set_title(_in_two_lines(title), fontsize=9)
+            axes.set_title(_in_two_lines(title), fontsize=8)
         figure.supxlabel(
             "test top-1 over plain fine-tuning of the same seed, points: every seed (|) and the mean (o)"
         )
@@ -70,7 +70,7 @@ def _panels(title: str, records: Sequence[Record]) -> list[tuple[str, list[tuple
 
 
 def _in_two_lines(title: str) -> str:
-    words, lines_, width = title.split(), [""], 52
+    words, lines_, width = title.split(), [""], 40
     for word in words:
         if len(lines_[-1]) + len(word) > width:
             lines_.append("")

@@ -42,8 +42,8 @@ def run(workplace: Path, command: list[str]) -> str:
 
 def test_commands_and_python_examples_run_in_order(workplace: Path, repository: Path) -> None:
     """Commands first: the later Python examples open what they leave."""
-    assert "@" not in (repository / "README.md").read_text(encoding="utf-8")  # no placeholder is left
     readme = (repository / "README.md").read_text(encoding="utf-8")
+    assert "@" not in readme.replace("Recall@1", "")  # no placeholder is left
     commands = [line.split("#")[0].strip() for block in blocks(readme, "bash") for line in block.splitlines()]
     assert len(commands) >= 5
     for command in commands:

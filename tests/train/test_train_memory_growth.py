@@ -17,5 +17,5 @@ def test_memory_does_not_grow_with_the_steps(steps: int) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])
-    # a kept batch is 49 KB, a kept gradient 19 MB: allocators settle by less than a batch a step
-    assert measured["MB at the end"] - measured["MB after warm-up"] < max(8.0, 0.02 * steps), measured
+    # a kept graph or gradient is 19 MB a step, a kept batch 49 KB (98 MB in 2000 steps); allocators settle by less
+    assert measured["MB at the end"] - measured["MB after warm-up"] < 60.0, measured

@@ -40,6 +40,8 @@ class _Stochastic:
         if self.ranks.world > 1:
             by_batch = batch_norm(self, x, self.ranks)
         else:
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)  # as torch's own layer counts
             by_batch = F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
             )
