@@ -29,12 +29,17 @@ METHODS: dict[str, Sequence[str]] = {
     name: (f"method={name}",)
     for name in (
         "linear_probe", "l2_sp", "feature_map", "delta", "bss", "stoch_norm", "lwf", "feature_distillation",
-        "co_tuning", "bi_tuning", "core_tuning", "dr_tune", "tes", "daft", "concept_tuning",
-        "dr_tune+tes", "daft+dr_tune+tes",
+        "co_tuning", "bi_tuning", "core_tuning", "dr_tune", "tes", "daft", "dr_tune+tes", "daft+dr_tune+tes",
     )
 }  # fmt: skip
 METHODS |= {
-    "concept_tuning, channel slices": ("method=concept_tuning", "method.concept_source=channel_slices"),
+    # the contrasts are part of the step from the first one on
+    "concept_tuning": ("method=concept_tuning", "method.contrast_warm_up=0.0"),
+    "concept_tuning, channel slices": (
+        "method=concept_tuning",
+        "method.contrast_warm_up=0.0",
+        "method.concept_source=channel_slices",
+    ),
     "soft_fine_tuning, distilling": ("method=soft_fine_tuning", "method.source=distill"),
 }
 _ROUNDS, _STEPS = 3, 10  # one refresh of DR-Tune's rotation a round
