@@ -234,6 +234,7 @@ def _record(
         "val": result.val.scalars() if result.val else None,
         "test": result.test.scalars() if result.test else None,
         "extra_tests": {name: found.scalars() for name, found in result.extra_tests.items()},
+        "distortion": {name: found.scalars() for name, found in result.distortion.items()},
         "images_per_second": result.images_per_second,
         "seconds": result.seconds,
         "seconds_per_epoch": measured["seconds_in_training"] / config.train.epochs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.markup import escape
 from rich.table import Table
@@ -17,6 +17,8 @@ from mooring.report.metrics import counted
 from mooring.report.records import from_json_number
 
 _TEXTS = ("part", "method")  # the other columns are numbers
+_COST = ("learning rate", "s/epoch", "images/s", "peak MiB")
+_COSINE = "cosine: "  # of the features on that set with the pretrained ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class Line:
         lr: the rate it was run with.
         seconds_per_epoch, images_per_second: means over the runs.
         memory: the most that any of its runs held, bytes.
+        extra_tests: name of a further test set -> top-1 by seed.
+        distortion: name of an evaluated set -> cosine of the features with the pretrained ones, by seed.
     """
 
     part: Part
@@ -41,6 +45,8 @@ class Line:
     seconds_per_epoch: float
     images_per_second: float
     memory: int
+    extra_tests: dict[str, dict[int, float]] = field(default_factory=dict)
+    distortion: dict[str, dict[int, float]] = field(default_factory=dict)
 
 
 def measured_split(records: Sequence[Record]) -> str:
@@ -79,27 +85,53 @@ def lines(records: Sequence[Record]) -> list[Line]:
                 seconds_per_epoch=statistics.fmean(run["seconds_per_epoch"] for run in runs),
                 images_per_second=statistics.fmean(run["images_per_second"] for run in runs),
                 memory=max(run["peak_memory"]["bytes"] for run in runs),
+                extra_tests=_by_set(runs, "extra_tests", "top1"),
+                distortion=_by_set(runs, "distortion", "feature_cosine"),
             )
         )
     return found
 
 
+def _by_set(runs: Sequence[Record], measured: str, value: str) -> dict[str, dict[int, float]]:
+    """A number that each run has for several sets: set -> seed -> number, for the sets that all runs have."""
+    sets = [list(run.get(measured) or {}) for run in runs]
+    return {
+        name: {run["seed"]: float(from_json_number(run[measured][name][value])) for run in runs}
+        for name in sets[0]
+        if all(name in each for each in sets)
+    }
+
+
 def _cells(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     split = measured_split(records)
     found = lines(records)
+    extra = _shared([list(line.extra_tests) for line in found])
+    moved = [name for name in _shared([list(line.distortion) for line in found]) if name != "val"]
     with_part = any(line.part.label for line in found)
     head = ["part"] if with_part else []
     head += [
-        "method", f"{split} top-1", "mean per class", f"over {BASELINE}, points", "p", "learning rate",
-        "s/epoch", "images/s", "peak MiB",
+        "method", f"{split} top-1", "mean per class", f"over {BASELINE}, points", "p",
+        *extra, *(f"{_COSINE}{name.removeprefix('test/')}" for name in moved),
+        *_COST,
     ]  # fmt: skip
     rows = []
     for line in found:
         row = [line.part.label or "all"] if with_part else []
         row += [line.method, _share(line.top1), _share(line.mean_per_class), *_gain(line.gain)]
+        row += [_share(line.extra_tests[name]) for name in extra]
+        row += [_mean(line.distortion[name]) for name in moved]
         row += [f"{line.lr:.2g}", f"{line.seconds_per_epoch:.3g}", f"{line.images_per_second:.3g}"]
         rows.append([*row, f"{line.memory / 2**20:.0f}"])
     return head, rows
+
+
+def _shared(names: Sequence[Sequence[str]]) -> list[str]:
+    """The names that are in every list, in the order of the first."""
+    return [name for name in names[0] if all(name in each for each in names)] if names else []
+
+
+def _mean(values: dict[int, float]) -> str:
+    return f"{statistics.fmean(values.values()):.3f}"
 
 
 def _share(values: dict[int, float]) -> str:
@@ -164,10 +196,18 @@ def terminal(records: Sequence[Record], title: str) -> list[Table]:
     """The table for a terminal, in two that fit 80 columns: what was reached, and what it cost."""
     head, rows = _cells(records)
     names = [name for name in head if name in _TEXTS]
-    cost = ["learning rate", "s/epoch", "images/s", "peak MiB"]
-    reached = [name for name in head if name not in (*names, *cost)]
+    extra = _shared([list(line.extra_tests) for line in lines(records)])
+    moved = [name for name in head if name.startswith(_COSINE)]
+    reached = [name for name in head if name not in (*names, *_COST, *extra, *moved)]
     tables = []
-    for shown, called in ((reached, title), (cost, "what it cost")):
+    for shown, called in (
+        (reached, title),
+        (extra, "further test sets, top-1"),
+        (moved, "features, before and after"),
+        (list(_COST), "what it cost"),
+    ):
+        if not shown:
+            continue
         table = Table(title=escape(called), title_justify="left", header_style="bold")
         places = [head.index(name) for name in (*names, *shown)]
         for place in places:
