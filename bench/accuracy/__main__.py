@@ -10,6 +10,8 @@ from bench.accuracy.experiments import EXPERIMENTS, Experiment
 from bench.accuracy.keep import FOLDER, Record, keep
 from mooring.comparison.plan import Comparison
 from mooring.comparison.runner import run_comparison
+from mooring.config.keys import all_keys
+from mooring.config.method_settings import method_names
 from mooring.models.weights import cache_folder
 
 
@@ -22,7 +24,11 @@ def comparisons(
         return Comparison(
             methods=methods,
             out=out / folder,
-            overrides=[word.format(**roots) for word in (*experiment.settings, *settings)],
+            overrides=[
+                word.format(**roots)
+                for word in (*experiment.settings, *settings)
+                if _meant_for(word, methods)
+            ],
             seeds=experiment.seeds,
             shots=experiment.shots,
             lrs=experiment.lrs,
@@ -31,6 +37,13 @@ def comparisons(
     yield None, comparison(experiment.methods, (), "methods")
     for name, (method, settings) in experiment.variants.items():
         yield name, comparison([method], settings, name.replace(" ", "_"))
+
+
+def _meant_for(word: str, methods: Sequence[str]) -> bool:
+    """Whether a setting is of all methods, or one of these has it."""
+    known = all_keys().get(word.partition("=")[0])
+    owners = set(known.methods) if known is not None else set()
+    return not owners or bool(owners & {part for method in methods for part in method_names(method)})
 
 
 def make(name: str, out: Path, roots: dict[str, Path], folder: Path) -> bool:

@@ -132,6 +132,23 @@ EXPERIMENTS: Mapping[str, Experiment] = {
         variants=_schedules("{work}/cifar10"),
         lrs=(1e-3, 3e-3),
     ),
+    "fine_grained": Experiment(
+        title="Varieties of fruit, 10 photos a class, EfficientNet-Lite0, 96 pixels: Concept-Tuning and Bi-Tuning",
+        settings=(
+            "data={demo}/groceries.parquet", *_LITE0, *_pixels(96), *_TINY,
+            "train.epochs=6", "train.batch_size=20", "method.predict=auto", "method.patches=4",
+        ),
+        methods=("fine_tune", "bi_tuning", "concept_tuning"),
+        variants={
+            "fine_tune, batch statistics": ("fine_tune", ("train.batchnorm=train",)),
+            "bi_tuning, batch statistics": ("bi_tuning", ("train.batchnorm=train",)),
+            "concept_tuning, in a projection": ("concept_tuning", ("method.embed=proj",)),
+            "concept_tuning, from step 0": ("concept_tuning", ("method.contrast_warm_up=0.0",)),
+            "concept_tuning, channel slices": ("concept_tuning", ("method.concept_source=channel_slices",)),
+        },
+        lrs=(3e-4, 1e-3),
+        shots=(10,),
+    ),
     "why_dr_tune": Experiment(
         title="DR-Tune where it is behind: `flowers12`, 2 images a class, EfficientNet-Lite0",
         settings=_few_shot("flowers12", _LITE0, ()).settings,
