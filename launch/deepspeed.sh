@@ -14,7 +14,7 @@ set -euo pipefail
 HOSTFILE=${HOSTFILE:?a file with lines like: node0 slots=8}
 PORT=${PORT:-29500}
 PYTHON=${PYTHON:-python3}
-first=${FIRST:-$(sed -e 's/#.*//' -e '/^[[:space:]]*$/d' "$HOSTFILE" | head -n 1 | cut -d ' ' -f 1)}
+first=${FIRST:-$(awk '{ sub(/#.*/, "") } NF && !found { print $1; found = 1 }' "$HOSTFILE")}
 
 case " $* " in
 *" out="*) ;;

@@ -196,7 +196,7 @@ def test_the_batch_script_runs_its_words_unchanged(tmp_path: Path) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
     stand_ins = {
-        "scontrol": "#!/bin/sh\necho node0\necho node1\n",
+        "scontrol": "#!/bin/sh\necho node0\nseq -f node%.0f 20000\n",  # more than a pipe holds
         "srun": '#!/bin/sh\nshift\nSLURM_NODEID=1 exec "$@"\n',
         "python": f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(tmp_path / "shows.py"))} "$@"\n',
     }

@@ -77,8 +77,9 @@ def sbatch_script(
             "",
             "set -euo pipefail",
             f"cd {shlex.quote(str(folder))}",
-            'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-            "export first",
+            # not `| head -n 1`: head leaves first, and pipefail makes an error of the writer's broken pipe
+            'nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")',
+            "export first=${nodes%%$'\\n'*}",
             *exports,
             *check,
             "",
