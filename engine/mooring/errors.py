@@ -15,7 +15,13 @@ class ConfigError(MooringError):
 
 
 class DataError(MooringError):
-    """The data set cannot be used as given."""
+    """The data set cannot be used as given.
+
+    Attributes:
+        everywhere: every rank stops with it at the same place.
+    """
+
+    everywhere = False
 
 
 class WeightsError(MooringError):

@@ -133,6 +133,53 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_continues_exactly(
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+BACKENDS: list[dict[str, Any]] = [
+    {"name": "ddp"},
+    *({"name": "deepspeed", "zero_stage": stage} for stage in range(4)),
+]
+
+
+def test_a_loss_that_is_no_number_on_one_rank_reaches_no_weights(
+    two_ranks: RankPool, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    weights, told = [], set()
+    for number, backend in enumerate(BACKENDS):
+        tables = with_changes(recipe, train={"epochs": 1, "clip_grad_norm": 1.0}) | {"backend": backend}
+        left_out = two_ranks.run(
+            "run_cases:with_a_fault", policy="skip", **tables, out=str(tmp_path / f"s{number}")
+        )
+        stopped = two_ranks.run(
+            "run_cases:with_a_fault", policy="stop", **tables, out=str(tmp_path / f"t{number}")
+        )
+        for one, other in zip(left_out, stopped, strict=True):
+            assert one["unmoved"] == [False, False, True, False, False] and not one["said"], backend
+            assert other["unmoved"] == [False, False, True] and "The step was not taken" in other["said"], (
+                backend
+            )
+            told.add(other["said"].partition(". The step")[0])
+        weights.append(left_out[0]["weights"])
+    assert len(told) == 1 and "the gradient is not finite in" in told.pop()  # the same layers in each
+    for backend, found in zip(BACKENDS, weights, strict=True):
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5, msg=f"{backend} {name}")
+
+
+@pytest.mark.parametrize("source", ["torch", "dali"])
+def test_an_image_that_one_rank_cannot_read_stops_all_and_the_run_continues_exactly(
+    two_ranks: RankPool, recipe: dict[str, Any], tmp_path: Path, source: str
+) -> None:
+    tables = with_changes(recipe, data={"source": source}) | {"backend": {"name": "ddp"}}
+    whole = two_ranks.run("run_cases:fit", **tables, out=str(tmp_path / "whole"))
+    image = str(Path(recipe["data"]["path"]) / "train" / "class_1" / "3.png")
+    said = two_ranks.run("run_cases:with_a_lost_image", image=image, **tables, out=str(tmp_path / "parts"))
+    assert all(image in text and "the state before it is kept" in text for text in said)
+    assert sum(text.startswith("rank ") for text in said) == 1  # the other one's words
+    parts = two_ranks.run("run_cases:fit", **tables, out=str(tmp_path / "parts"), resume="auto")
+    for one, other in zip(whole, parts, strict=True):
+        assert one["val"][0] == other["val"][0] and one["test"] == other["test"]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
 def test_warnings_of_other_ranks_reach_the_first(two_ranks: RankPool, recipe: dict[str, Any]) -> None:
     assert two_ranks.run("run_cases:warned", **recipe) == [["rank 1: said by one"], []]
 

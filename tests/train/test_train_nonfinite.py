@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -16,6 +15,7 @@ from mooring.train.engine import Engine
 from mooring.train.health.diagnosis import NonFiniteError
 from mooring.train.health.memory import banks_of
 from mooring.train.health.nonfinite import judge, take_step
+from mooring.train.local_backend import LocalBackend
 from mooring.train.optimizers import build_optimizer
 
 
@@ -80,9 +80,8 @@ def test_a_bad_step_changes_nothing_and_a_good_one_is_an_ordinary_one(name: str,
             for p, g in zip(own, gradients, strict=True):
                 p.grad = g.clone()
 
-    def step(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-        return lambda: (optimizer.step(), optimizer.zero_grad(set_to_none=True))[0]
-
+    backend = LocalBackend(torch.device("cpu"), "fp32")
+    backend.prepare(nn.Identity(), guarded)  # type: ignore[arg-type]
     for number in range(4):
         gradients = [torch.randn_like(w) for w in weights]
         give(gradients)
@@ -95,13 +94,13 @@ def test_a_bad_step_changes_nothing_and_a_good_one_is_an_ordinary_one(name: str,
             else:
                 assert weights[0].grad is not None
                 weights[0].grad[2, 1] = float(bad)
-            assert not take_step(judge(loss, guarded), guarded, step(guarded))
+            assert not take_step(judge(loss, *backend.gradient_norms()), backend, guarded)
             assert all(torch.equal(w.detach(), b) for w, b in zip(weights, before, strict=True))
             for key, moments in state.items():
                 assert_same(moments, guarded.state_dict()["state"][key])
             give(gradients)
         assert all(p.grad is not None for p in weights)
-        assert take_step(judge(torch.tensor(1.0), guarded), guarded, step(guarded))
+        assert take_step(judge(torch.tensor(1.0), *backend.gradient_norms()), backend, guarded)
         plain.step()
         assert all(p.grad is None for p in weights)
         assert all(torch.equal(w, t) for w, t in zip(weights, twins, strict=True))
@@ -109,9 +108,8 @@ def test_a_bad_step_changes_nothing_and_a_good_one_is_an_ordinary_one(name: str,
 
 def test_large_but_finite_gradients_are_no_fault() -> None:
     weight = nn.Parameter(torch.ones(100))
-    optimizer = torch.optim.SGD([weight], lr=0.0)
     weight.grad = torch.full((100,), 1e18)
-    assert not judge(torch.tensor(1e38), optimizer).is_bad()
+    assert not judge(torch.tensor(1e38), [weight], weight.grad.norm().reshape(1)).is_bad()
 
 
 # ---------------------------------------------------------------- a run

@@ -65,6 +65,14 @@ class Backend(Protocol):
         """Applies the gradient and clears it."""
         ...
 
+    def discard(self) -> None:
+        """Clears the gradient instead of a step: parameters and optimizer state stay as they are."""
+        ...
+
+    def gradient_norms(self) -> tuple[list[nn.Parameter], Tensor]:
+        """Parameters that have a gradient, and its L2 norms [P] fp32; exchanges it where it is divided."""
+        ...
+
     def weights(self) -> dict[str, Tensor]:
         """The method's ``state_dict`` with whole tensors, on every rank; not to be written to."""
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,6 +128,30 @@ class DeepSpeedBackend(LocalBackend):
         if self.divided:
             for i in resting:
                 self._reset(i)
+
+    def discard(self) -> None:
+        """DeepSpeed's own way to leave out a step whose gradient overflows: every counter and buffer is its matter."""
+        if not self.divided:
+            super().discard()
+            return
+        zero = self._engine.optimizer
+        name = "scaled_global_norm" if self.stage < 3 else "_get_norm_groups"
+        nothing = torch.tensor(math.nan, device=self.device)
+        setattr(zero, name, lambda *_: nothing if self.stage < 3 else [nothing])
+        try:
+            self._engine.step()
+        finally:
+            delattr(zero, name)
+
+    def gradient_norms(self) -> tuple[list[nn.Parameter], Tensor]:
+        if not self.divided:
+            return super().gradient_norms()
+        zero = self._engine.optimizer
+        norms = []
+        for p in self._trained_parameters:  # one at a time: no rank has room for all
+            whole_gradient = zero.get_fp32_grad_for_param(p) if self.stage == 3 else p.get_full_hp_grad()
+            norms.append(whole_gradient.norm().float())
+        return self._trained_parameters, torch.stack(norms)
 
     def _flat(self, group: int) -> list[Tensor]:
         """This rank's flat parts of the parameters of one group, that the optimizer steps."""

@@ -19,7 +19,7 @@ from mooring.config.load import absolute_paths, as_started, to_toml
 from mooring.config.schema import RunConfig
 from mooring.data.batch import Batch
 from mooring.data.source import EpochSource
-from mooring.distributed import init_from_environment
+from mooring.distributed import Ranks, init_from_environment
 from mooring.errors import ConfigError, RunFolderError
 from mooring.methods.base import At, SetupContext, StepOutput
 from mooring.models.batchnorm_sync import average_statistics_
@@ -27,6 +27,7 @@ from mooring.report.progress import Progress
 from mooring.report.run_folder import check_run_folder, open_run_folder
 from mooring.state.store import CheckpointRef
 from mooring.train import checkpoint
+from mooring.train.agreed import agreed
 from mooring.train.assembly import Parts, assemble
 from mooring.train.checkpoint import Checkpoints, run_to_continue
 from mooring.train.discrimination import Discrimination, measure_discrimination
@@ -187,7 +188,7 @@ class Engine:
 
     def _set_up_batches(self, source: EpochSource, check: Callable[[], None] | None) -> Iterator[Batch]:
         try:
-            for batch in source if check is None else _checked(source, check):
+            for batch in source if check is None else _checked(source, check, self.ranks):
                 yield batch.to(self.backend.device)
         finally:
             source.close()
@@ -237,7 +238,7 @@ class Engine:
         if self.config.train.clip_grad_norm is not None:
             metrics["grad_norm"] = self.backend.clip(self.config.train.clip_grad_norm)
         skipped: dict[str, Any] | None = None
-        if self.health.take(verdict, self.backend.step):
+        if self.health.take(verdict):
             self.method.after_step(outputs, placed, self._at(0, micros))
             if self.ema is not None:
                 self.ema.update(self.method)
@@ -338,7 +339,7 @@ class Engine:
         if before is None:
             raise ConfigError("the distortion of features needs report.distortion=true when the run is built")
         source.rewind()
-        batches = source if check is None else _checked(source, check)
+        batches = source if check is None else _checked(source, check, self.ranks)
         with self._evaluated_weights():
             return feature_distortion(before, self.method.encoder, batches, self.backend.device, self.ranks)
 
@@ -358,7 +359,7 @@ class Engine:
             if source is None:
                 return None
             source.rewind()
-            return source if check is None else _checked(source, check)
+            return source if check is None else _checked(source, check, self.ranks)
 
         with self._evaluated_weights():
             return measure_discrimination(
@@ -375,7 +376,7 @@ class Engine:
         source.rewind()
         return evaluate(
             self.backend.predict if self._handed_over else self.method.predict,
-            source if check is None else _checked(source, check),
+            source if check is None else _checked(source, check, self.ranks),
             self.parts.num_classes,
             device=self.backend.device,
             autocast=self.backend.autocast,
@@ -464,10 +465,14 @@ class Engine:
     # ---------------------------------------------------------------- the whole run
 
     def epoch_groups(self) -> Iterator[list[Batch]]:
-        """The rest of the current epoch in accumulation groups; the last group may be smaller."""
+        """The rest of the current epoch in accumulation groups; the last group may be smaller.
+
+        Raises:
+            DataError: a batch cannot be read, on this rank or on another one.
+        """
         group: list[Batch] = []
         self.health.before_group()
-        for batch in self.train_source:
+        for batch in agreed(self.train_source, self.ranks):
             group.append(batch)
             if len(group) == self.config.train.accumulate:
                 yield group
@@ -526,8 +531,8 @@ class Engine:
             self._checkpoints.wait()
 
 
-def _checked(batches: Iterable[Batch], check: Callable[[], None]) -> Iterator[Batch]:
-    for batch in batches:
+def _checked(batches: Iterable[Batch], check: Callable[[], None], ranks: Ranks) -> Iterator[Batch]:
+    for batch in agreed(batches, ranks):
         check()
         yield batch
 

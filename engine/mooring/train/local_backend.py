@@ -66,6 +66,16 @@ class LocalBackend:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def discard(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def gradient_norms(self) -> tuple[list[nn.Parameter], Tensor]:
+        parameters = self._trained()
+        if not parameters:
+            return [], torch.zeros(0, device=self.device)
+        norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+        return parameters, torch.stack([norm.float() for norm in norms])
+
     def weights(self) -> dict[str, Tensor]:
         return dict(self.method.state_dict())
 

@@ -85,7 +85,9 @@ def _group(group: Mapping[str, Any], norms: Mapping[int, float]) -> dict[str, An
     known = [norms[id(p)] for p in parameters if id(p) in norms]
     finite = [norm for norm in known if math.isfinite(norm)]
     with torch.no_grad():
-        largest = torch.stack([p.detach().abs().max().float() for p in parameters if p.numel()]).max()
+        here = [p.detach().abs().max().float() for p in parameters if p.numel()]
+        # of what lies on this rank, where parameters are divided, and that may be nothing
+        largest = torch.stack(here).max() if here else torch.tensor(0.0)
     return {
         "role": group.get("role"),
         "lr": float(group["lr"]),

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from mooring.train.backend import Backend
 
 
 @dataclass(slots=True)
@@ -21,8 +25,8 @@ class Verdict:
 
     Attributes:
         flag: fp32 scalar on the device, 1 where the loss or a gradient is not finite, on any rank.
-        norms: [P] fp32, L2 norm of each gradient, before clipping.
-        parameters: the P parameters that have one.
+        norms: [P] fp32, L2 norm of each gradient, before clipping; [1], of all, where they are divided.
+        parameters: the P parameters that have one; empty where they are divided.
     """
 
     flag: Tensor
@@ -39,21 +43,20 @@ class Verdict:
 
 
 def judge(
-    loss: Tensor, optimizer: Optimizer, shared: Callable[[Tensor], Tensor] = lambda flag: flag
+    loss: Tensor,
+    parameters: Sequence[nn.Parameter],
+    norms: Tensor,
+    shared: Callable[[Tensor], Tensor] = lambda flag: flag,
 ) -> Verdict:
     """Looks at a step's loss and gradients; nothing waits.
 
     Args:
         loss: scalar of the step.
-        optimizer: its parameters are looked at, as far as they have a gradient.
+        parameters: those that have a gradient.
+        norms: [P] fp32, the L2 norm of each one's, or [1], of all together.
         shared: makes of a flag the largest one over the ranks, in place or not.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     loss = loss.detach().float().reshape(())
-    norms = loss.new_zeros(0)
-    if parameters:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])
     # 0 times anything finite is 0: a sum of large finite norms may overflow, a sum of zeros may not
     flag = shared((~((norms * 0).sum() + loss * 0).isfinite()).float())
     if flag.device.type != "cuda":
@@ -65,26 +68,31 @@ def judge(
     return Verdict(flag, norms, parameters, host, arrived)
 
 
-def take_step(verdict: Verdict, optimizer: Optimizer, step: Callable[[], None]) -> bool:
+def take_step(verdict: Verdict, backend: Backend, optimizer: Optimizer) -> bool:
     """Takes the optimizer's step unless it is bad; the gradients are gone either way.
 
     Args:
-        step: applies and clears the gradients.
+        verdict: of the step; gets the gradients' norms where it has only that of all together.
+        backend: of the run.
+        optimizer: that the backend steps.
 
     Returns:
         Whether it was taken. Where it was not, parameters and optimizer state are bit for bit as before.
     """
-    # the mark of torch's fused optimizers: they look at the flag on the device
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
+    # the mark of torch's fused optimizers: they look at the flag on the device. DeepSpeed's step reads norms on the
+    # host anyway, and what is divided can only be looked at before it
+    if getattr(optimizer, "_step_supports_amp_scaling", False) and not backend.divided:
         optimizer.found_inf = verdict.flag  # type: ignore[attr-defined]
         optimizer.grad_scale = None  # type: ignore[attr-defined]
         try:
-            step()
+            backend.step()
         finally:
             del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
         return not verdict.is_bad()
     if verdict.is_bad():
-        optimizer.zero_grad(set_to_none=True)
+        if backend.divided:
+            verdict.parameters, verdict.norms = backend.gradient_norms()
+        backend.discard()
         return False
-    step()
+    backend.step()
     return True

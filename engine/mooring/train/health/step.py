@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mooring.data.batch import Batch
 from mooring.distributed import Ranks
@@ -67,22 +67,22 @@ class StepHealth:
         if not self.is_on:
             return None
         backend = self._engine.backend
-        # divided gradients are no parameter's own; their norm is known, and whose part it is that is not finite is not
-        norm = backend.clip(math.inf) if getattr(backend, "divided", False) else None
-        return judge(
-            loss if norm is None else loss + 0 * norm.to(loss.device),
-            self._engine.optimizer,
-            lambda flag: Ranks.here().all_reduce_(flag, "max"),
-        )
+        parameters: list[nn.Parameter] = []
+        if backend.divided:  # no parameter's own, but the norm of all is known
+            norms = backend.clip(math.inf).reshape(1).to(loss.device)
+        else:
+            parameters, norms = backend.gradient_norms()
+        return judge(loss, parameters, norms, lambda flag: Ranks.here().all_reduce_(flag, "max"))
 
-    def take(self, verdict: Verdict | None, step: Callable[[], None]) -> bool:
+    def take(self, verdict: Verdict | None) -> bool:
         """Takes the optimizer's step unless the verdict is bad; every rank decides alike."""
         self.phase.enter("step")
+        engine = self._engine
+        taken = True
         if verdict is None:
-            step()
-            taken = True
+            engine.backend.step()
         else:
-            taken = take_step(verdict, self._engine.optimizer, step)
+            taken = take_step(verdict, engine.backend, engine.optimizer)
         if taken:
             self._group = None  # done with
         return taken

@@ -72,9 +72,11 @@ class RunHealth:
             err: what ended the run; nothing is done where it is neither a bad step nor the data.
             save: writes the engine's state and returns when it is on the disk.
         """
-        # every rank stops at a bad step; what one cannot read, the others know nothing of, and saving takes all of them
+        # saving takes all ranks: every one of them stops at a bad step, and at a batch that one of them cannot read
         alone = self._ranks.world == 1
-        if not (isinstance(err, NonFiniteError) or (isinstance(err, DataError) and alone)):
+        if not (
+            isinstance(err, NonFiniteError) or (isinstance(err, DataError) and (alone or err.everywhere))
+        ):
             return
         if isinstance(err, NonFiniteError):
             rank = self._ranks.rank
