@@ -265,7 +265,7 @@ def test_one_wrong_setting_is_one_line(override: str, line: str) -> None:
     [
         ("data.extra_test=photos", 'data.extra_test: got "photos"; expected a table of NAME = a path'),
         ("data.extra_test.a.b=c", "expected names of letters, digits, - and _; got 'a.b'"),
-        ("data.extra_test.a=", "expected a path for a; got empty text"),
+        ("data.extra_test.a=", "a: expected a path; got empty text"),
         ("data.extra_tests.a=b", "there is no such key, the nearest is data.extra_test"),
         ("method.head_lr=fast", 'method.head_lr: got "fast"; expected a number > 0 or auto, or none'),
         ("method.head_lr=0", "method.head_lr: got 0; expected a number > 0 or auto, or none"),

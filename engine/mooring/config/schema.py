@@ -13,10 +13,10 @@ from mooring.config.health_settings import HealthSettings
 from mooring.config.method_settings import (
     DRTuneSettings,
     MethodSettings,
-    Settings,
     method_names,
     method_tables,
 )
+from mooring.config.settings import Settings, given_path
 
 _SET_NAME = re.compile(r"[A-Za-z0-9_-]+")  # a folder, a line of the log and a TensorBoard tag are named by it
 
@@ -78,13 +78,7 @@ class DataSettings(Settings):
         "once, on the selected weights",
     )
 
-    @field_validator("path", mode="before")
-    @classmethod
-    def _a_path_is_given(cls, value: Any) -> Any:
-        # as a path, empty text would mean the working directory
-        if isinstance(value, str | Path) and not str(value).strip():
-            raise ValueError("expected a path; got empty text (an unset shell variable?)")
-        return value
+    _path_is_given = field_validator("path", mode="before")(given_path)
 
     @field_validator("extra_test", mode="before")
     @classmethod
@@ -92,8 +86,10 @@ class DataSettings(Settings):
         for name, path in value.items() if isinstance(value, dict) else ():
             if not _SET_NAME.fullmatch(str(name)):
                 raise ValueError(f"expected names of letters, digits, - and _; got {str(name)!r}")
-            if isinstance(path, str | Path) and not str(path).strip():
-                raise ValueError(f"expected a path for {name}; got empty text (an unset shell variable?)")
+            try:
+                given_path(path)
+            except ValueError as err:
+                raise ValueError(f"{name}: {err}") from None
         return value
 
     @field_validator("extra_test")
@@ -322,12 +318,7 @@ class ReportSettings(Settings):
         default=None, strict=False, description="as method.source_classes, for report.source"
     )
 
-    @field_validator("unseen", "source", "source_classes", mode="before")
-    @classmethod
-    def _a_path_is_no_empty_text(cls, value: Any) -> Any:
-        if isinstance(value, str) and not value.strip():
-            raise ValueError("expected a path; got empty text (an unset shell variable?)")
-        return value
+    _paths_are_given = field_validator("unseen", "source", "source_classes", mode="before")(given_path)
 
     @model_validator(mode="after")
     def _paths_are_for_a_measurement(self) -> ReportSettings:

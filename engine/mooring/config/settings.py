@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -15,3 +18,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False
     )
+
+
+def given_path(value: Any) -> Any:
+    """The value, unless it is empty text, which would mean the working directory: for a validator ``mode="before"``.
+
+    Raises:
+        ValueError: it is.
+    """
+    if isinstance(value, str | Path) and not str(value).strip():
+        raise ValueError("expected a path; got empty text (an unset shell variable?)")
+    return value

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mooring.config.settings import Settings
+from mooring.config.settings import Settings, given_path
 
 
 class SoftFineTuningSettings(Settings):
@@ -66,12 +66,7 @@ class SoftFineTuningSettings(Settings):
     )
     distillation_temperature: float = Field(default=3.0, gt=0, description="T")
 
-    @field_validator("source_data", "source_classes", mode="before")
-    @classmethod
-    def _a_path_is_no_empty_text(cls, value: Any) -> Any:
-        if isinstance(value, str) and not value.strip():
-            raise ValueError("expected a path; got empty text (an unset shell variable?)")
-        return value
+    _paths_are_given = field_validator("source_data", "source_classes", mode="before")(given_path)
 
     @model_validator(mode="after")
     def _fits_together(self) -> SoftFineTuningSettings:

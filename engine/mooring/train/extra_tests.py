@@ -14,14 +14,14 @@ from mooring.models.weights import cache_folder
 
 
 def open_for_evaluation(
-    data: DataSettings, path: Path, classes: Sequence[str], progress: Progress | None = None
+    data: DataSettings, path: Path, classes: Sequence[str] | None, progress: Progress | None = None
 ) -> Manifest:
-    """The manifest of images that no run was trained on, with labels as the run numbers them.
+    """The manifest of images that no run was trained on.
 
     Args:
         data: how the run reads its images.
         path: image folder, list or manifest; images without a split are all ``test``.
-        classes: of the run.
+        classes: of the run, whose numbers the labels get; None: the images have classes of their own.
         progress: called with (done, total) files while they are scanned.
 
     Raises:

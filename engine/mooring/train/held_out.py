@@ -12,7 +12,6 @@ from torch import nn
 from mooring.config.method_settings import CombinedSettings
 from mooring.config.schema import RunConfig
 from mooring.config.soft_settings import SoftFineTuningSettings
-from mooring.data.cache import open_manifest
 from mooring.data.class_split import all_splits
 from mooring.data.manifest import Manifest, Split
 from mooring.data.scan import Progress
@@ -21,8 +20,8 @@ from mooring.data.source_task import source_split
 from mooring.errors import ConfigError, DataError
 from mooring.methods.base import Method
 from mooring.models.pretrained_head import pretrained_head
-from mooring.models.weights import cache_folder
 from mooring.train.discrimination import SHOTS
+from mooring.train.extra_tests import open_for_evaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,20 +94,7 @@ def open_held_out(
 
 def _other_images(config: RunConfig, everything: Manifest, path: Path, progress: Progress | None) -> Split:
     """All images of ``report.unseen``; none of them may be the run's."""
-    data = config.data
-    rows = all_splits(
-        open_manifest(
-            path,
-            cache_folder() / "manifests",
-            workers=data.workers,
-            max_pixels=data.max_pixels,
-            image_column=data.image_column,
-            label_column=data.label_column,
-            split_column=data.split_column,
-            for_evaluation=True,
-            progress=progress,
-        )
-    )
+    rows = all_splits(open_for_evaluation(config.data, path, None, progress))
     own = _digests(everything)
     if shared := sum(digest in own for digest in rows.sha256):
         raise DataError(
