@@ -1,8 +1,7 @@
-"""Exchanges of tensors inside a training step, with gradients where a loss needs them, and their bytes."""
+"""Exchanges of tensors inside a training step, with gradients where a loss needs them; their bytes are counted."""
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
@@ -10,35 +9,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mooring.distributed import Ranks
+from mooring.traffic import TRAFFIC
 
 # the newer name, where there is one: the older warns
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class Traffic:
-    """Bytes that this rank hands to exchanges, by what they are for; how many cross a link is the algorithm's matter.
-
-    A ring sends 2 (W - 1) / W of an all-reduce's bytes, W - 1 times those of an all-gather.
-    """
-
-    def __init__(self) -> None:
-        self.bytes: Counter[str] = Counter()
-
-    def count(self, tensor: Tensor, purpose: str) -> None:
-        self.bytes[purpose] += tensor.numel() * tensor.element_size()
-
-    def since(self, before: Counter[str]) -> dict[str, int]:
-        """Bytes by purpose on top of an earlier copy of ``bytes``."""
-        return {name: count for name, count in (self.bytes - before).items() if count}
-
-
-TRAFFIC = Traffic()
-
-
 def all_reduce_(tensor: Tensor, ranks: Ranks, purpose: str) -> Tensor:
     """The sum over ranks, in place, counted; without gradient. Returns the tensor."""
     if ranks.world > 1:
-        TRAFFIC.count(tensor, purpose)
+        TRAFFIC.count(tensor, purpose, ranks.world)
         dist.all_reduce(tensor)
     return tensor
 
@@ -46,7 +26,7 @@ def all_reduce_(tensor: Tensor, ranks: Ranks, purpose: str) -> Tensor:
 def broadcast_(tensor: Tensor, ranks: Ranks, purpose: str) -> Tensor:
     """Rank 0's values, in place, counted. Returns the tensor."""
     if ranks.world > 1:
-        TRAFFIC.count(tensor, purpose)
+        TRAFFIC.count(tensor, purpose, ranks.world, "broadcast")
         dist.broadcast(tensor, 0)
     return tensor
 
@@ -85,7 +65,7 @@ def begin_gather_rows(rows: Tensor, ranks: Ranks, purpose: str) -> Pending:
     rows = rows.detach()
     if ranks.world == 1:
         return Pending(rows)
-    TRAFFIC.count(rows, purpose)
+    TRAFFIC.count(rows, purpose, ranks.world, "all_gather")
     rows = rows.contiguous()
     every = rows.new_empty(ranks.world * rows.shape[0], *rows.shape[1:])
     return Pending(every, _all_gather(every, rows, async_op=True), rows)

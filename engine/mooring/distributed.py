@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mooring.errors import DistributedError
+from mooring.traffic import TRAFFIC
 
 _T = TypeVar("_T")
 # A rank that waits longer than this for another one gives up: the other one hangs, or its link is cut.
@@ -82,9 +83,7 @@ class Ranks:
         """Whether the flag is set on at least one rank; the same answer on all."""
         if self.world == 1:
             return flag
-        total = torch.tensor([int(flag)])
-        dist.all_reduce(total, group=self.group)
-        return bool(total.item())
+        return bool(self.all_reduce_(torch.tensor([int(flag)])).item())
 
     def agree(self, problem: Exception | None) -> None:
         """Raises on every rank where at least one brings a problem: its own, or what the first such rank said.
@@ -135,15 +134,19 @@ class Ranks:
             self.agree(problem)
         return result[0]
 
-    def all_reduce_(self, tensor: Tensor, op: Literal["sum", "max", "min"] = "sum") -> Tensor:
+    def all_reduce_(
+        self, tensor: Tensor, op: Literal["sum", "max", "min"] = "sum", purpose: str = "agreement"
+    ) -> Tensor:
         """Replaces the tensor by its sum (maximum, minimum) over the ranks, in place, and returns it.
 
         Args:
             tensor: contiguous, the same shape and dtype on every rank, on the CPU or the rank's own device;
                 with a device tensor nothing waits on the host.
             op: how ranks are combined.
+            purpose: what the bytes are counted under.
         """
         if self.world > 1:
+            TRAFFIC.count(tensor, purpose, self.world)
             kinds = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
             dist.all_reduce(tensor, op=kinds[op], group=self.group)
         return tensor

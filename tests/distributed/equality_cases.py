@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from method_cases import at, context, make_batch, make_method, selected, trained_parameters
 
-from mooring.collectives import TRAFFIC
 from mooring.config.schema import RunConfig
 from mooring.data.batch import Batch
 from mooring.distributed import ALONE, Ranks
 from mooring.models.batchnorm import freeze_statistics
 from mooring.models.batchnorm_sync import synchronise_statistics_
+from mooring.traffic import TRAFFIC
 from mooring.train.data_parallel_backend import DataParallelBackend
 from mooring.train.local_backend import LocalBackend
 

@@ -1,4 +1,4 @@
-"""What ``python -m bench.distributed.equality`` runs: every cell of the table held against one process, one record each.
+"""What ``python -m bench.distributed.equality`` runs: every cell of the table against one process, one record each.
 
 The tests of test_distributed_equality.py hold a part of these cells always and all of them in ``make test-full``;
 this writes down how close they are. ``python -m bench.distributed.tables`` draws the table.

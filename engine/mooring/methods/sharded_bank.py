@@ -39,7 +39,7 @@ def sharded_class_statistics(
     # |confidence| <= cga_scale with unit rows, but rows may be kept as they come
     highest = head_weight.new_full((classes,), -torch.inf, dtype=torch.float32)
     highest.scatter_reduce_(0, index, confidence, "amax")
-    ranks.all_reduce_(highest, "max")
+    ranks.all_reduce_(highest, "max", _PURPOSE)
     weight = torch.where(valid, torch.exp(confidence - highest[index]), 0)
     sums = head_weight.new_zeros(classes, 2 * width + 2, dtype=torch.float32)
     columns = [frozen, weight[:, None] * tuned, weight[:, None], valid[:, None].float()]

@@ -7,9 +7,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mooring.collectives import TRAFFIC
+from mooring.collectives import broadcast_
 from mooring.distributed import Ranks
 from mooring.methods.base import Method
+from mooring.traffic import TRAFFIC
 from mooring.train.local_backend import LocalBackend
 
 # Large enough that latency does not count, small enough that the first is on its way early.
@@ -47,7 +48,7 @@ class DataParallelBackend(LocalBackend):
             return
         with torch.no_grad():
             for tensor in (*method.parameters(), *method.buffers()):
-                dist.broadcast(tensor, 0)
+                broadcast_(tensor, self.ranks, "first weights")
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         owned = {id(p) for p in trained}
         # the last layers' gradients come first
@@ -89,7 +90,7 @@ class DataParallelBackend(LocalBackend):
         if not parameters:
             return
         flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
-        TRAFFIC.count(flat, "gradients")
+        TRAFFIC.count(flat, "gradients", self.world)
         self._sent.append((dist.all_reduce(flat, async_op=True), flat, parameters))
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mooring.collectives import TRAFFIC
+from mooring.collectives import broadcast_
 from mooring.config.schema import RunConfig
 from mooring.data.batch import Batch
 from mooring.distributed import Ranks
@@ -22,6 +22,7 @@ from mooring.errors import require
 from mooring.methods.base import At, Method, StepOutput
 from mooring.models.partition import chunks, whole
 from mooring.train.deepspeed_config import deepspeed_config
+from mooring.train.deepspeed_traffic import count_exchanges, reducing
 from mooring.train.local_backend import LocalBackend
 from mooring.train.optimizer_state import load_optimizer_state, optimizer_state
 
@@ -65,8 +66,7 @@ class DeepSpeedBackend(LocalBackend):
         if self.world > 1:
             with torch.no_grad():
                 for tensor in (*method.parameters(), *method.buffers()):
-                    dist.broadcast(tensor, 0)
-        self._trained_parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                    broadcast_(tensor, self.ranks, "first weights")
         for parameter in method.parameters():
             # it sends parameters as bytes, in their order in memory; divided ones are flat in any case
             parameter.data = parameter.data.contiguous()
@@ -75,6 +75,7 @@ class DeepSpeedBackend(LocalBackend):
         if self.divided:
             optimizer.state.clear()  # of whole parameters; DeepSpeed steps flat ones
         self._module = _Forward(method)
+        count_exchanges()
         self._engine, *_ = self._deepspeed.initialize(
             model=self._module, optimizer=optimizer, config=self.settings, dist_init_required=False
         )
@@ -91,7 +92,8 @@ class DeepSpeedBackend(LocalBackend):
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss)
+        with reducing("gradients"):
+            self._engine.backward(loss)
 
     def clip(self, limit: float) -> Tensor:
         """The norm of the gradient of all ranks; the step scales by it, where the run's settings say so."""
@@ -109,20 +111,7 @@ class DeepSpeedBackend(LocalBackend):
         zero._partition_all_parameters()
         return combine_grad_norm_groups(zero._get_norm_groups())
 
-    def _count(self) -> None:
-        """What DeepSpeed exchanges in a step, by formula: its own calls are not ours to see."""
-        trained = 4 * sum(
-            p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in self._trained_parameters
-        )
-        TRAFFIC.bytes["gradients"] += trained
-        if self.stage in (1, 2):
-            TRAFFIC.bytes["parameters"] += trained // self.world
-        elif self.stage == 3:  # gathered for the forward and again for the backward
-            TRAFFIC.bytes["parameters"] += 2 * trained // self.world
-
     def step(self) -> None:
-        if self.world > 1:
-            self._count()
         resting = [i for i, group in enumerate(self.optimizer.param_groups) if group["lr"] == 0.0]
         self._engine.step()
         if self.divided:

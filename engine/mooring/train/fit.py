@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mooring.collectives import TRAFFIC
 from mooring.config.load import as_started, to_toml
 from mooring.config.method_settings import method_title
 from mooring.data.source import EpochSource
@@ -29,6 +28,7 @@ from mooring.report.progress import Progress, make_progress
 from mooring.report.run_folder import LOG_BYTES, RunFolder, default_run_name, open_run_folder
 from mooring.state.store import checkpoints_of
 from mooring.state.tree import load_tree, save_tree
+from mooring.traffic import TRAFFIC
 from mooring.train.checkpoint import run_to_continue
 from mooring.train.discrimination import Discrimination
 from mooring.train.distortion import Distortion
