@@ -133,6 +133,43 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_continues_exactly(
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+# a setting, and how far losses may be from those of one process with it
+SETTINGS: dict[str, tuple[dict[str, Any], float]] = {
+    # a product of other shapes is rounded otherwise, to 3 digits
+    "bf16": ({"train": {"precision": "bf16"}}, 0.01),
+    "activation checkpointing": ({"backend": {"activation_checkpointing": True}}, 1e-4),
+    "rates by layer": ({"optimizer": {"layer_decay": 0.6}}, 1e-4),
+}
+
+
+@pytest.mark.parametrize(
+    "setting, stage",
+    [
+        pytest.param(
+            name, stage, marks=() if stage == 1 + 2 * (name != "rates by layer") else pytest.mark.slow
+        )
+        for name in SETTINGS
+        for stage in range(4)
+    ],
+)
+def test_a_setting_does_on_two_ranks_what_it_does_on_one(
+    two_ranks: RankPool, recipe: dict[str, Any], tmp_path: Path, setting: str, stage: int
+) -> None:
+    changes, tolerance = SETTINGS[setting]
+    backend = {"name": "deepspeed", "zero_stage": stage, "deepspeed_config": str(divided(tmp_path))}
+    recipe = recipe | {"method": {"name": "fine_tune"}}
+    tables = with_changes(recipe, **changes)
+    plain, alone, both = (tmp_path / name for name in ("plain", "one", "two"))
+    fit(**recipe, out=str(plain))
+    fit(**tables, out=str(alone))
+    two_ranks.run(
+        "run_cases:fit", **tables | {"backend": changes.get("backend", {}) | backend}, out=str(both)
+    )
+    assert losses(both) == pytest.approx(losses(alone), rel=tolerance)
+    if setting != "activation checkpointing":  # which changes no number
+        assert losses(alone) != losses(plain)
+
+
 BACKENDS: list[dict[str, Any]] = [
     {"name": "ddp"},
     *({"name": "deepspeed", "zero_stage": stage} for stage in range(4)),
