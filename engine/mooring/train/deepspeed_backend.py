@@ -67,6 +67,7 @@ class DeepSpeedBackend(LocalBackend):
             with torch.no_grad():
                 for tensor in (*method.parameters(), *method.buffers()):
                     broadcast_(tensor, self.ranks, "first weights")
+        self._trained_parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for parameter in method.parameters():
             # it sends parameters as bytes, in their order in memory; divided ones are flat in any case
             parameter.data = parameter.data.contiguous()
@@ -114,9 +115,8 @@ class DeepSpeedBackend(LocalBackend):
     def step(self) -> None:
         resting = [i for i, group in enumerate(self.optimizer.param_groups) if group["lr"] == 0.0]
         self._engine.step()
-        if self.divided:
-            for i in resting:
-                self._reset(i)
+        for i in resting:
+            self._reset(i)
 
     def discard(self) -> None:
         """DeepSpeed's own way to leave out a step whose gradient overflows: every counter and buffer is its matter."""
@@ -143,7 +143,9 @@ class DeepSpeedBackend(LocalBackend):
         return self._trained_parameters, torch.stack(norms)
 
     def _flat(self, group: int) -> list[Tensor]:
-        """This rank's flat parts of the parameters of one group, that the optimizer steps."""
+        """What the optimizer steps of one group: this rank's flat parts of its parameters, or these themselves."""
+        if not self.divided:
+            return list(self.optimizer.param_groups[group]["params"])
         zero = self._engine.optimizer
         if self.stage < 3:
             return [zero.single_partition_of_fp32_groups[group]]
