@@ -13,6 +13,7 @@ from mooring.traffic import TRAFFIC
 
 # the newer name, where there is one: the older warns
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def all_reduce_(tensor: Tensor, ranks: Ranks, purpose: str) -> Tensor:
@@ -69,6 +70,25 @@ def begin_gather_rows(rows: Tensor, ranks: Ranks, purpose: str) -> Pending:
     rows = rows.contiguous()
     every = rows.new_empty(ranks.world * rows.shape[0], *rows.shape[1:])
     return Pending(every, _all_gather(every, rows, async_op=True), rows)
+
+
+def begin_reduce_rows(rows: Tensor, ranks: Ranks, purpose: str) -> Pending:
+    """The sum over ranks of the rows that are this rank's, in the background: ``gather_rows`` the other way.
+
+    Args:
+        rows: [world B, ...], one rank's share of every rank's rows, rank after rank; without gradient.
+        ranks: who takes part.
+        purpose: what the bytes are counted under.
+
+    Returns:
+        Pending: [B, ...]; ``rows`` itself on a single rank.
+    """
+    if ranks.world == 1:
+        return Pending(rows)
+    TRAFFIC.count(rows, purpose, ranks.world, "reduce_scatter")
+    rows = rows.contiguous()
+    own = rows.new_empty(rows.shape[0] // ranks.world, *rows.shape[1:])
+    return Pending(own, _reduce_scatter(own, rows, async_op=True), rows)
 
 
 def summed(tensor: Tensor, ranks: Ranks, purpose: str) -> Tensor:

@@ -87,6 +87,50 @@ def test_a_shared_bank_is_that_of_one_process(
         assert torch.equal(torch.stack([bank["ids"] for bank in banks], 1).flatten(), single["ids"])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"calibration": "paper", "loss_form": "paper"},
+        pytest.param({"calibration": "paper", "translation": False}, marks=pytest.mark.slow),
+        pytest.param({"calibration": "paper", "rotation": "off"}, marks=pytest.mark.slow),
+        {"translation": False},
+        pytest.param({"translation": False, "rotation": "off"}, marks=pytest.mark.slow),
+        pytest.param({"cga_scale": 20.0}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_every_calibration_of_a_sharded_bank(two_ranks: RankPool, changes: dict[str, Any]) -> None:
+    case = {"bank_size": 40, "steps": 4, "rotation_period": 2, "bank_scope": "sharded", "padded": 3}
+    equal_to_one_process(two_ranks, "dr_tune", "vit", backend="ddp", **case, **changes)
+
+
+@pytest.mark.parametrize(
+    "method, changes, stage",
+    [
+        ("bi_tuning", {"classes": 11}, "ddp"),
+        ("bi_tuning", {"classes": MANY_CLASSES, "micros": 2}, 3),
+        ("concept_tuning", {"classes": 5}, "ddp"),
+        ("concept_tuning", {"classes": 5, "concept_source": "channel_slices", "channel_slices": 4}, "ddp"),
+    ],
+    ids=str,
+)
+def test_a_sharded_class_queue_is_that_of_one_process(
+    two_ranks: RankPool, method: str, changes: dict[str, Any], stage: str | int
+) -> None:
+    """C is no multiple of the ranks; enough steps that rings fill and wrap."""
+    settings = {"backend": "ddp"} if isinstance(stage, str) else deepspeed(stage)
+    case = {"queue_scope": "sharded", "steps": 4, "queue_rows": 3, "padded": 3, **changes}
+    results = equal_to_one_process(two_ranks, method, "vit", **case, **settings)
+    alone = _alone(tuple({"method": method, "kind": "vit", **case}.items()))["bank"]
+    rings = alone["ids"].view(changes["classes"], 3)
+    labels = alone["labels"].view(changes["classes"], 3)
+    for rank, result in enumerate(results):
+        own = rings[rank::2]
+        assert torch.equal(result["bank"]["ids"].view(-1, 3)[: len(own)], own)
+        assert torch.equal(result["bank"]["labels"].view(-1, 3)[: len(own)], labels[rank::2])
+        assert {"queue queries", "queue sums", "queue gradient", "bank rows"} <= set(result["bytes"])
+
+
 def test_a_private_bank_holds_a_ranks_own_rows(two_ranks: RankPool) -> None:
     found = two_ranks.run(
         "equality_cases:train", method="dr_tune", backend="ddp", bank_scope="private", bank_size=8

@@ -47,6 +47,7 @@ def test_gradients_and_parameters_by_hand(two_ranks: RankPool, backend: dict[str
         ("dr_tune", {"bank_scope": "sharded", "rotation_period": 2}),
         pytest.param("core_tuning", {}, marks=pytest.mark.slow),
         ("daft", {"kind": "cnn"}),
+        ("bi_tuning", {"queue_scope": "sharded"}),
     ],
 )
 @pytest.mark.parametrize("backend", [DDP, deepspeed(3)], ids=["ddp", "zero3"])

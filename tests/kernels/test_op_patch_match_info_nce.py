@@ -230,3 +230,14 @@ def test_every_instruction_set_selects_the_same_pairs(generator: torch.Generator
     for loss, grad in results:
         torch.testing.assert_close(loss, results[0][0], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(grad, results[0][1], rtol=1e-4, atol=1e-5)
+
+
+def test_each_rows_own_loss(generator: torch.Generator) -> None:
+    problem = draw((5, 4, 3, 4, 12, 2), generator)
+    labels = torch.tensor([0, 1, -1, 2, 3])
+    rows = [problem.query, problem.own_key, labels, *list(problem)[3:]]
+    for impl in RUNNABLE:
+        options: dict[str, Any] = {**problem.options, "impl": impl}
+        each = patch_match_info_nce(*rows, **options, reduction="none")  # type: ignore[arg-type]
+        assert each.shape == (5,) and each[2] == 0
+        torch.testing.assert_close(each.sum() / 4, patch_match_info_nce(*rows, **options))  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from mooring_kernels import queue_info_nce
 from mooring_kernels.queue_info_nce import op as queue_info_nce_op
+from mooring_kernels.queue_info_nce.sums import queue_sums
 
 TEMPERATURE = 0.07
 UPSTREAM = -1.7
@@ -224,3 +226,31 @@ def test_memory_does_not_grow_with_the_queue(generator: torch.Generator) -> None
         rows = draw((48, slots, 64), generator, dtype=torch.bfloat16)
         peaks.append(peak_bytes(lambda rows=rows: with_gradients(rows, by("native")), torch.device("cpu"))[0])
     assert peaks[0] == peaks[1] < 48 * 8000 * 4
+
+
+@pytest.mark.parametrize("cuts", [[0, 70], [0, 31, 31, 70]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_over_the_parts_of_a_queue_make_the_loss(
+    cuts: list[int], dtype: torch.dtype, generator: torch.Generator, assert_within: Any
+) -> None:
+    query, _, labels, queue, queue_labels = draw((9, 70, 37), generator, own=False)
+    queue, labels = queue.to(dtype), labels.clamp_min(0)
+    queue_labels[:8] = torch.arange(8) % 4  # a positive for each
+
+    def from_parts(rows: Rows, temperature: float) -> Tensor:
+        found = [
+            queue_sums(rows[0], labels, queue[a:b], queue_labels[a:b], temperature)
+            for a, b in itertools.pairwise(cuts)
+        ]
+        log_sums, positive_sums, positives = (torch.stack(each) for each in zip(*found, strict=True))
+        if 31 in cuts:
+            assert (log_sums[1] == -torch.inf).all() and (positives[1] == 0).all()  # of no slot
+        count = positives.sum(0)
+        return (log_sums.logsumexp(0) - positive_sums.sum(0) / count - count.log()).mean()
+
+    rows = (query, None, labels, queue, queue_labels)
+    found = with_gradients(rows, from_parts)
+    exact = (query.double(), None, labels, queue.double(), queue_labels)
+    expected = with_gradients(exact, definition)
+    for value, wanted in zip(found, expected, strict=True):
+        assert_within(value, wanted, operations=2 * 37**0.5 + 16, magnitude=2 / TEMPERATURE)

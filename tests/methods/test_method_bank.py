@@ -148,14 +148,35 @@ def test_classes_must_fit_the_layout(layout: Literal["fifo", "per_class"], class
         FeatureBank(BankSpec(4, {"image": 5}, layout=layout, classes=classes))
 
 
-@pytest.mark.parametrize(
-    "spec, says",
-    [
-        (BankSpec(5, {"image": 5}, scope="sharded"), "multiple of the 2 ranks; got 5: take 6"),
-        (BankSpec(4, {"image": 5}, layout="per_class", classes=2, scope="sharded"), "gathered or private"),
-    ],
-)
-def test_a_sharded_bank_must_divide(spec: BankSpec, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_a_sharded_ring_must_divide() -> None:
+    spec = BankSpec(5, {"image": 5}, scope="sharded")
+    with pytest.raises(ValueError, match="multiple of the 2 ranks; got 5: take 6"):
         FeatureBank(spec, ranks=Ranks(0, 2, 0))
     assert len(FeatureBank(spec).view().labels) == spec.slots  # on a single rank there is nothing to divide
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("layout, classes", [("fifo", 0), ("per_class", 6)])
+def test_memory_of_a_sharded_bank(layout: Literal["fifo", "per_class"], classes: int, world: int) -> None:
+    """Falls as 1 / world; of rings, whole ones: C / world, rounded up."""
+    spec = BankSpec(24, {"image": 5, "patches": (4, 5)}, layout=layout, classes=classes, scope="sharded")
+    whole = storage_bytes(FeatureBank(spec))
+    for rank in range(world):
+        part = storage_bytes(FeatureBank(spec, ranks=Ranks(rank, world, rank)))
+        assert part == (whole // world if layout == "fifo" else whole * -(-classes // world) // classes)
+
+
+def storage_bytes(bank: FeatureBank) -> int:
+    return sum(rows.untyped_storage().nbytes() for rows in bank.view().fields.values())
+
+
+def test_rings_of_a_sharded_bank() -> None:
+    """Class c lies on rank c modulo 3, ring c // 3."""
+    spec = BankSpec(2, {"image": 5}, layout="per_class", classes=5, scope="sharded")
+    labels = torch.tensor([[-1, 0, 1], [2, 3, 4], [5, 6, 7]])
+    found = [FeatureBank(spec, ranks=Ranks(rank, 3, rank)).rings(labels).tolist() for rank in range(3)]
+    assert found == [
+        [[-1, 0, -1], [-1, 1, -1], [-1, -1, -1]],
+        [[-1, -1, 0], [-1, -1, 1], [-1, -1, -1]],
+        [[-1, -1, -1], [0, -1, -1], [-1, -1, -1]],
+    ]

@@ -36,9 +36,10 @@ class ConceptTuningSettings(Settings):
         default=0.07, ge=1e-3, description="T of the contrast with queued keys"
     )
     queue_rows: int = Field(default=40, ge=1, description="K, keys kept of each class")
-    queue_scope: Literal["gathered", "private"] = Field(
+    queue_scope: Literal["gathered", "sharded", "private"] = Field(
         default="gathered",
-        description="with several processes; gathered: keys of all, the same queues on each; private: its own",
+        description="with several processes; gathered: keys of all, the same queues on each; sharded: keys of all, "
+        "each process holds and scores those of its classes; private: its own",
     )
     key_momentum: float = Field(
         default=0.999, ge=0, le=1, description="m of the key network, theta_k <- m theta_k + (1 - m) theta_q"

@@ -100,10 +100,6 @@ class DRTuneSettings(Settings):
                 f"rotation_solver={self.rotation_solver} needs rotation_ridge > 0 and rotation_det_fix=false; "
                 "take rotation_solver=svd"
             )
-        if self.bank_scope == "sharded" and (self.calibration == "paper" or not self.translation):
-            raise ValueError(
-                "bank_scope=sharded is for calibration=code with translation: take bank_scope=gathered"
-            )
         return self
 
 

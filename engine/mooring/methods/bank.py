@@ -31,8 +31,8 @@ class BankSpec:
         layout: "fifo", one ring for all rows; "per_class", a ring for each class.
         classes: C with layout "per_class", else 0.
         scope: whose rows it holds, where several ranks train together. "gathered": those of all ranks, the same bank
-            on each; "sharded": those of all ranks, slot s on rank s modulo world (one ring only); "private": a rank's
-            own. On a single rank they are one thing.
+            on each; "sharded": those of all ranks, slot s of one ring on rank s modulo world, the ring of class c on
+            rank c modulo world; "private": a rank's own. On a single rank they are one thing.
     """
 
     rows: int
@@ -62,7 +62,8 @@ class BankView:
         labels: [slots] int64; -1 marks an empty slot.
         ids: [slots] int64 manifest ids; -1 in empty slots.
 
-    ``slots`` is K, or C K with a ring per class: class after class, so that ``view(C, K, ...)`` separates them.
+    ``slots`` is K, or C K with a ring per class: class after class, so that ``view(C, K, ...)`` separates them. A rank
+    has K / world of them where the bank is sharded, or the rings of C / world classes, rounded up.
     """
 
     fields: Mapping[str, Tensor]
@@ -95,18 +96,17 @@ class FeatureBank:
         if (spec.classes < 1) if spec.layout == "per_class" else (spec.classes != 0):
             wanted = ">= 1" if spec.layout == "per_class" else "0"
             raise ValueError(f"bank classes must be {wanted} with layout {spec.layout!r}, got {spec.classes}")
-        if spec.scope == "sharded" and spec.layout == "per_class" and ranks.world > 1:
-            raise ValueError("a bank with a ring per class is gathered or private, not sharded")
-        if spec.scope == "sharded" and spec.rows % ranks.world:
+        if spec.scope == "sharded" and spec.layout == "fifo" and spec.rows % ranks.world:
             raise ValueError(
                 f"a sharded bank's rows must be a multiple of the {ranks.world} ranks; got {spec.rows}: take "
                 f"{-(-spec.rows // ranks.world) * ranks.world}"
             )
         # of one rank, all three scopes are private
         self.ranks = ALONE if spec.scope == "private" else ranks
-        self._parts = ranks.world if spec.scope == "sharded" else 1
+        self._parts, self._part = (ranks.world, ranks.rank) if spec.scope == "sharded" else (1, 0)
         self.spec = spec
-        slots = spec.slots // self._parts
+        self._rings = -(-spec.classes // self._parts)  # of a ring per class, those on this rank
+        slots = self._rings * spec.rows if spec.layout == "per_class" else spec.rows // self._parts
         self._head = 0
         self._filled = 0
         self._fields = {
@@ -117,18 +117,34 @@ class FeatureBank:
         # one more than there are slots: rows that a ring per class skips leave their id there
         self._all_ids = torch.full((slots + 1,), -1, dtype=torch.int64, device=device)
         self._ids = self._all_ids[:slots]
-        self._class_heads = torch.zeros(spec.classes, dtype=torch.int64, device=device)
+        self._class_heads = torch.zeros(self._rings, dtype=torch.int64, device=device)
         # by the labels' identity, which are held so that it stays theirs
         self._sent: dict[int, tuple[Tensor, dict[str, Pending]]] = {}
 
     def __len__(self) -> int:
         """Slots written so far, on all ranks (padding rows count in one ring: they take a slot and stay masked).
 
-        With a ring per class this number lies on the device and is waited for.
+        With a ring per class this number lies on the device and is waited for, and where such a bank is sharded all
+        ranks must ask.
         """
         if self.spec.layout == "per_class":
-            return int((self._labels >= 0).sum())
+            filled = (self._labels >= 0).sum()
+            return int(self.ranks.all_reduce_(filled) if self._parts > 1 else filled)
         return self._filled
+
+    @property
+    def divided(self) -> bool:
+        """Whether other ranks hold other rows of one and the same bank."""
+        return self._parts > 1
+
+    def rings(self, labels: Tensor) -> Tensor:
+        """Which ring of ``view`` holds each class, int64, -1 where none here does; of a bank with a ring per class.
+
+        Args:
+            labels: int64, any shape.
+        """
+        here = (labels >= 0) & (labels < self.spec.classes) & (labels % self._parts == self._part)
+        return torch.where(here, labels // self._parts, -1)
 
     def push(
         self, fields: Mapping[str, Tensor], labels: Tensor, ids: Tensor, *, most: int | None = None
@@ -160,11 +176,11 @@ class FeatureBank:
         if most is not None:
             fields = {name: values[:most] for name, values in fields.items()}
             labels, ids = labels[:most], ids[:most]
-        if self._parts > 1:
-            return self._push_own_slots(fields, labels, ids)
         if self.spec.layout == "per_class":
             self._push_by_class(fields, labels, ids)
-            return 0, self.spec.slots
+            return 0, len(self._labels)
+        if self._parts > 1:
+            return self._push_own_slots(fields, labels, ids)
         names = list(self._fields)
         head = self._head
         self._head = ring_push_(
@@ -241,15 +257,18 @@ class FeatureBank:
         return begin % room, kept
 
     def _push_by_class(self, fields: Mapping[str, Tensor], labels: Tensor, ids: Tensor) -> None:
-        rings = self.spec.classes, self.spec.rows
+        rings = self._rings, self.spec.rows
         slots = class_ring_push_(
             [rows.unflatten(0, rings) for rows in self._fields.values()],
             self._labels.view(rings),
             self._class_heads,
             [fields[name].detach() for name in self._fields],
-            labels,
+            self.rings(labels) if self._parts > 1 else labels,
             normalise=self.spec.normalise,
         )
+        if self._parts > 1:  # a written slot got the number of its ring
+            ring = torch.arange(len(self._labels), device=labels.device) // self.spec.rows
+            self._labels.copy_(torch.where(self._labels >= 0, ring * self._parts + self._part, -1))
         self._all_ids[torch.where(slots >= 0, slots, len(self._labels))] = ids
 
     def view(self) -> BankView:
@@ -270,7 +289,7 @@ class FeatureBank:
 
     def _head_key(self) -> Tensor:
         """Where the next rows go, by class: banks that hold the same rows may differ in nothing else."""
-        place = torch.arange(1, self.spec.classes + 1, device=self._labels.device)
+        place = torch.arange(1, self._rings + 1, device=self._labels.device)
         return 1_000_033 * ((self._class_heads + 1) * place).sum()
 
     def state_dict(self) -> StateTree:

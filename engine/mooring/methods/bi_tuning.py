@@ -16,6 +16,7 @@ from mooring.methods.bank import BankSpec, FeatureBank
 from mooring.methods.base import At, Method, Needs, SetupContext, StateTree, StepOutput
 from mooring.methods.forward import Forward
 from mooring.methods.momentum import MomentumCopy
+from mooring.methods.sharded_contrast import SharedQueries, sharded_info_nce
 from mooring_kernels import queue_info_nce
 
 
@@ -103,20 +104,33 @@ class BiTuning(Method):
         self.key.follow(self._followed(), self.settings.key_momentum)
 
     def additions(self, run: Forward, at: At) -> dict[str, Tensor]:
-        own, labels = self.settings, run.batch.labels
+        own, labels, temperature = self.settings, run.batch.labels, self.settings.contrast_temperature
         queries = _embedded(run.features, self.projector)
+        # on their way to the other ranks while the keys are made
+        shared = SharedQueries(self.ranks, labels, z=queries["z"]) if self.queue.divided else None
         self._keys = keys = self._key_rows(run)
-        queue = self.queue.view()
+        class_rows = self._class_rows()
 
-        def contrast(query: Tensor, own_key: Tensor, field: str) -> Tensor:
-            temperature = own.contrast_temperature
-            loss = queue_info_nce(query, own_key, labels, queue[field], queue.labels, temperature)
-            return run.over_ranks(loss)
+        def rows_of(labels: Tensor) -> Tensor:
+            return class_rows[labels.clamp_min(0)]  # a row without a label is masked in the loss
 
-        rows = self._class_rows()[labels.clamp_min(0)]  # a row without a label is masked in the loss
+        if shared is not None:
+            every_row = rows_of(shared["labels"])
+            images = sharded_info_nce(
+                queries["z"], keys["z"], shared["z"], shared, self.queue, "z", temperature
+            )
+            classes = sharded_info_nce(
+                rows_of(labels), queries["h"], every_row, shared, self.queue, "h", temperature
+            )
+        else:
+            queue = self.queue.view()
+            images = queue_info_nce(queries["z"], keys["z"], labels, queue["z"], queue.labels, temperature)
+            classes = queue_info_nce(
+                rows_of(labels), queries["h"], labels, queue["h"], queue.labels, temperature
+            )
         return {
-            "image_contrast": own.image_contrast * contrast(queries["z"], keys["z"], "z"),
-            "class_contrast": own.class_contrast * contrast(rows, queries["h"], "h"),
+            "image_contrast": own.image_contrast * run.over_ranks(images),
+            "class_contrast": own.class_contrast * run.over_ranks(classes),
         }
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ from mooring.methods.classification import batch_cross_entropy
 from mooring.methods.concept_patches import crop_patches, embed_patches, patch_side_at
 from mooring.methods.forward import Forward, features_and_map
 from mooring.methods.momentum import MomentumCopy
+from mooring.methods.sharded_contrast import SharedQueries, sharded_info_nce, sharded_patch_info_nce
 from mooring.models.batchnorm import statistics_held
 from mooring.models.front_door import FrontDoorHead, bottleneck_divergence, joined
 from mooring_kernels import concept_boxes, patch_match_info_nce, queue_info_nce
@@ -310,13 +311,33 @@ class ConceptTuning(Method):
     def _image_contrast(self, run: Forward) -> Tensor:
         """L_img: images of a class against those of all others."""
         outputs = run.logits if self.projector is None else self.projector(run.features)
+        query = F.normalize(outputs.float(), dim=1)
+        shared = self._shared(run, "images", image=query)
         with torch.no_grad():
             own_key = self._last_layer(key=True)(self.key["encoder"](self._view(run, 1)))
         self._keys["image"] = own_key = F.normalize(own_key.float(), dim=1)
-        query = F.normalize(outputs.float(), dim=1)
-        queue = self._queues["images"].view()
-        temperature = self.settings.contrast_temperature
-        return queue_info_nce(query, own_key, run.batch.labels, queue["image"], queue.labels, temperature)
+        return self._info_nce(query, own_key, run.batch.labels, "images", "image", shared)
+
+    def _shared(self, run: Forward, queue: str, **queries: Tensor) -> SharedQueries | None:
+        """These rows on their way to the ranks that hold other parts of the queue, while the keys are made."""
+        if not self._queues[queue].divided:
+            return None
+        return SharedQueries(self.ranks, run.batch.labels, **queries)
+
+    def _info_nce(
+        self,
+        query: Tensor,
+        own_key: Tensor,
+        labels: Tensor,
+        name: str,
+        field: str,
+        shared: SharedQueries | None,
+    ) -> Tensor:
+        queue, temperature = self._queues[name], self.settings.contrast_temperature
+        if shared is not None:
+            return sharded_info_nce(query, own_key, shared[field], shared, queue, field, temperature)
+        bank = queue.view()
+        return queue_info_nce(query, own_key, labels, bank[field], bank.labels, temperature)
 
     def _patch_contrast(self, run: Forward) -> Tensor:
         """L_con: patches of an image against the matched patches of images of its class and of confused ones."""
@@ -324,10 +345,23 @@ class ConceptTuning(Method):
         crops, negatives = self._concepts(self._view(run, 2), labels)
         with statistics_held(self.encoder):  # small crops must not enter the statistics that the test uses
             query = embed_patches(self.encoder, self._last_layer(), crops, own.patch_bn)
+        shared = self._shared(run, "patches", query=query, negatives=negatives)
         with torch.no_grad():
             crops, _ = self._concepts(self._view(run, 3), labels)
             own_key = embed_patches(self.key["encoder"], self._last_layer(key=True), crops, own.patch_bn)
         self._keys["patches"] = own_key
+        options: dict[str, Any] = {
+            "negatives_per_set": own.negatives_per_set,
+            "epsilon": own.transport_entropy,
+            "rounds": own.transport_rounds,
+        }
+        pick = self._positive_pick(labels.shape[0])
+        if shared is not None:
+            shared.add(own_key=own_key)
+            bank = self._queues["patches"]
+            return sharded_patch_info_nce(
+                query, own_key, shared, bank, pick, own.contrast_temperature, **options
+            )
         queue = self._queues["patches"].view()
         rings = self.head.out_features, own.queue_rows
         return patch_match_info_nce(
@@ -337,20 +371,17 @@ class ConceptTuning(Method):
             queue["patches"].unflatten(0, rings),
             queue.labels.view(rings) >= 0,
             negatives,
-            self._positive_pick(labels.shape[0]),
+            self._own_rows(pick),
             own.contrast_temperature,
-            negatives_per_set=own.negatives_per_set,
-            epsilon=own.transport_entropy,
-            rounds=own.transport_rounds,
+            **options,
         )
 
     def _positive_pick(self, rows: int) -> Tensor:
-        shape, device = (rows, 1 + self.settings.queue_rows), self.head.weight.device
+        """[W B, 1 + K], for the rows of all ranks."""
+        shape, device = self._all((rows, 1 + self.settings.queue_rows)), self.head.weight.device
         if not self.training:
             return torch.zeros(shape, dtype=torch.int64, device=device)
-        return self._own_rows(
-            torch.randint(0, 3, self._all(shape), generator=self._draws["pick"], device=device)
-        )
+        return torch.randint(0, 3, shape, generator=self._draws["pick"], device=device)
 
     @torch.no_grad()
     def _concepts(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -377,21 +408,14 @@ class ConceptTuning(Method):
 
     def _slice_contrast(self, run: Forward) -> Tensor:
         """Mean over the slices of the pooled map of the contrast that L_img is."""
+        queries = self._slices(run.feature_map)
+        shared = self._shared(run, "slices", **queries)
         with torch.no_grad():
-            key_map = features_and_map(self.key["encoder"], self._view(run, 1))[1]
-        queries, keys = (self._slices(each) for each in (run.feature_map, key_map))
+            keys = self._slices(features_and_map(self.key["encoder"], self._view(run, 1))[1])
         self._keys |= keys
-        queue = self._queues["slices"].view()
         losses = [
-            queue_info_nce(
-                queries[name],
-                keys[name],
-                run.batch.labels,
-                queue[name],
-                queue.labels,
-                self.settings.contrast_temperature,
-            )
-            for name in queries
+            self._info_nce(query, keys[name], run.batch.labels, "slices", name, shared)
+            for name, query in queries.items()
         ]
         return torch.stack(losses).mean()
 

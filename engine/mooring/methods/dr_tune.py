@@ -23,9 +23,12 @@ from mooring.methods.base import At, Method, Needs, SetupContext, StateTree, Ste
 from mooring.methods.classification import batch_metrics, mean_over_valid
 from mooring.methods.dr_tune_paper import paper_calibration
 from mooring.methods.forward import Forward
-from mooring.methods.sharded_bank import sharded_class_statistics, sharded_rotation
+from mooring.methods.sharded_bank import (
+    sharded_calibration,
+    sharded_paper_calibration,
+    sharded_rotation,
+)
 from mooring_kernels import bank_cross_entropy, calibrate, dr_tune_loss, procrustes_rotation
-from mooring_kernels.calibrate.reference import calibrate as moved_rows
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -244,27 +247,16 @@ class DRTune(Method):
     def _calibrated(self, run: Forward, rotation: Tensor | None) -> Tensor:
         """The bank's frozen rows where the tuned features lie now, [K, D] fp32, without graph."""
         settings, bank = self.settings, self.bank.view()
-        if self._sharded:
-            return self._calibrated_shard(run, rotation)
         rows = (bank["frozen"], bank["tuned"], bank.labels, self.head.weight.detach(), rotation)
+        translation, cga_scale = settings.translation, settings.cga_scale
+        if settings.calibration == "paper" and self._sharded:
+            return sharded_paper_calibration(*rows, self.ranks, translation=translation)
         if settings.calibration == "paper":
-            return paper_calibration(*rows, translation=settings.translation)
-        return calibrate(
-            *rows, self._scale(run), cga_scale=settings.cga_scale, translation=settings.translation
-        )
-
-    def _calibrated_shard(self, run: Forward, rotation: Tensor | None) -> Tensor:
-        """This rank's rows, moved by the class means of all."""
-        bank, settings = self.bank.view(), self.settings
-        frozen_mean, tuned_mean, _ = sharded_class_statistics(
-            bank["frozen"],
-            bank["tuned"],
-            bank.labels,
-            self.head.weight.detach(),
-            settings.cga_scale,
-            self.ranks,
-        )
-        return moved_rows(bank["frozen"], bank.labels, frozen_mean, tuned_mean, rotation, self._scale(run))
+            return paper_calibration(*rows, translation=translation)
+        scale = self._scale(run)
+        if self._sharded:
+            return sharded_calibration(*rows, scale, self.ranks, cga_scale=cga_scale, translation=translation)
+        return calibrate(*rows, scale, cga_scale=cga_scale, translation=translation)
 
     def _scale(self, run: Forward) -> Tensor:
         """Mean feature norm over the valid rows, of all ranks that share the bank: a padding row must not pull it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ def patch_match_info_nce(
     negatives_per_set: int = 10,
     epsilon: float = 0.01,
     rounds: int = 30,
+    reduction: Literal["mean", "none"] = "mean",
     impl: Impl = "auto",
 ) -> Tensor:
     """``mean_i [LSE_j l_ij - mean_{j in pos(i)} l_ij - log |pos(i)|]`` over logits of matched patches.
@@ -54,10 +55,12 @@ def patch_match_info_nce(
         negatives_per_set: >= 1; P * P where that is less.
         epsilon: entropy of the transport, > 0.
         rounds: >= 1, the same for every problem: no result depends on what else is in the call.
+        reduction: mean: over the valid rows; none: each row's own.
         impl: see ``mooring_kernels``; the kernels take P <= 16.
 
     Returns:
         loss, 0-d float32 (float64 if an input is), the mean over the valid rows; 0 with a zero gradient if none is.
+        With ``reduction="none"`` [B], 0 for a skipped row.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or options do not fit.
@@ -106,10 +109,10 @@ def patch_match_info_nce(
     keys = (own_key.detach(), labels, queue.detach(), queue_valid, negative_classes, positive_pick)
     if chosen == "reference":
         loss_rows = reference.patch_match_info_nce(query, *keys, *options)
-        return loss_rows.sum() / _valid_rows(labels, classes)
-    wanted = torch.is_grad_enabled() and query.requires_grad
-    loss, _ = _forward(query, *keys, *options, wanted, chosen)
-    return loss
+    else:
+        wanted = torch.is_grad_enabled() and query.requires_grad
+        loss_rows, _ = _forward(query, *keys, *options, wanted, chosen)
+    return loss_rows if reduction == "none" else loss_rows.sum() / _valid_rows(labels, classes)
 
 
 def _require(op: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
@@ -142,14 +145,14 @@ def _forward(
     with_gradient: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    """Loss, and its gradient [B, P, D] in fp32 (an empty tensor if it is not asked for)."""
+    """Loss of each row [B], and its gradient [B, P, D], in fp32 (an empty tensor if it is not asked for)."""
     if impl == "triton":
         from mooring_kernels.patch_match_info_nce import gpu as module
     else:
         from mooring_kernels.patch_match_info_nce import cpu as module  # type: ignore[no-redef]
 
     with torch.autocast(query.device.type, enabled=False):
-        loss_rows, grad = module.patch_match_info_nce_fwd(
+        return module.patch_match_info_nce_fwd(
             query,
             own_key,
             labels,
@@ -163,8 +166,6 @@ def _forward(
             rounds,
             with_gradient,
         )
-        rows = _valid_rows(labels, queue.shape[0])
-        return loss_rows.sum() / rows, grad.div_(rows)
 
 
 @_forward.register_fake
@@ -184,7 +185,7 @@ def _(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     shape = query.shape if with_gradient else (0,)
-    return query.new_empty((), dtype=torch.float32), query.new_empty(shape, dtype=torch.float32)
+    return query.new_empty(query.shape[:1], dtype=torch.float32), query.new_empty(shape, dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -194,10 +195,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)  # nobody fills their gradients with zeros
 
 
-def _autograd(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad_rows: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     require_first_derivative("patch_match_info_nce")
     (grad,) = ctx.saved_tensors
-    return (grad_loss * grad).to(ctx.dtype), *[None] * 12
+    return (grad_rows[:, None, None] * grad).to(ctx.dtype), *[None] * 12
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
