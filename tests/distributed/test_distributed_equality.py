@@ -121,9 +121,9 @@ def test_a_sharded_class_queue_is_that_of_one_process(
     settings = {"backend": "ddp"} if isinstance(stage, str) else deepspeed(stage)
     case = {"queue_scope": "sharded", "steps": 4, "queue_rows": 3, "padded": 3, **changes}
     results = equal_to_one_process(two_ranks, method, "vit", **case, **settings)
-    alone = _alone(tuple({"method": method, "kind": "vit", **case}.items()))["bank"]
-    rings = alone["ids"].view(changes["classes"], 3)
-    labels = alone["labels"].view(changes["classes"], 3)
+    single = alone(method, "vit", **case)["bank"]
+    rings = single["ids"].view(changes["classes"], 3)
+    labels = single["labels"].view(changes["classes"], 3)
     for rank, result in enumerate(results):
         own = rings[rank::2]
         assert torch.equal(result["bank"]["ids"].view(-1, 3)[: len(own)], own)
@@ -183,3 +183,28 @@ def test_offloading(two_ranks: RankPool, stage: int, settings: dict[str, Any]) -
 def test_four_ranks_equal_one_process(four_ranks: RankPool, method: str, stage: str | int, kind: str) -> None:
     chosen = {"backend": "ddp"} if isinstance(stage, str) else deepspeed(stage)
     equal_to_one_process(four_ranks, method, kind, classes=classes_of(method), **chosen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["ddp", *STAGES])
+@pytest.mark.parametrize(
+    "method, changes",
+    [
+        ("dr_tune", {"bank_scope": "sharded"}),
+        ("dr_tune", {"bank_scope": "sharded", "calibration": "paper", "loss_form": "paper"}),
+        ("bi_tuning", {"queue_scope": "sharded"}),
+        ("concept_tuning", {"queue_scope": "sharded"}),
+        (
+            "concept_tuning",
+            {"queue_scope": "sharded", "concept_source": "channel_slices", "channel_slices": 4},
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ranks", ["two_ranks", "four_ranks"])
+def test_sharded_banks_at_every_stage(
+    request: pytest.FixtureRequest, ranks: str, method: str, changes: dict[str, Any], stage: str | int
+) -> None:
+    settings = {"backend": "ddp"} if isinstance(stage, str) else deepspeed(stage)
+    case = {"classes": classes_of(method), "steps": 4, "padded": 3, **changes}
+    equal_to_one_process(request.getfixturevalue(ranks), method, "vit", **case, **settings)
