@@ -1,8 +1,7 @@
 """The ``mooring`` command: one thin function per subcommand.
 
 Everything heavy is imported inside the functions, so that ``mooring --help`` answers at once. Results go
-to stdout; progress and errors go to stderr. Exit codes: 0 done, 1 not exact (``resume --check``), 2 something the
-user can put right, 75 preempted and to be continued, 130 interrupted.
+to stdout; progress and errors go to stderr. Exit codes: ``mooring.exit_codes``.
 """
 
 from __future__ import annotations
@@ -22,7 +21,9 @@ from rich.panel import Panel
 from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
+from mooring import signs
 from mooring.errors import ConfigError, DataError, MooringError
+from mooring.exit_codes import CRASHED, INTERRUPTED, LOST, PREEMPTED, USER_ERROR
 
 if TYPE_CHECKING:
     from mooring.config.schema import RunConfig
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
 _Value = TypeVar("_Value")
 
-INTERRUPTED = 130
-USER_ERROR = 2
 NOT_EXACT = 1
 
 
@@ -49,19 +48,34 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except typer.Exit as err:
+            signs.ended(err.exit_code, "")
+            raise
         except KeyboardInterrupt:
+            signs.ended(INTERRUPTED, "interrupted")
             _fail("interrupted", "stopped; what was written so far is kept")
             raise typer.Exit(INTERRUPTED) from None
         except MooringError as err:
-            problem, message = type(err).__name__.removesuffix("Error"), str(err)
+            problem, message, code = type(err).__name__.removesuffix("Error"), str(err), err.exit_code
+            signs.ended(code, message)
             if ctx.params.get("debug"):
                 raise
         except Exception as err:
-            problem, message = "System", _system_problem(err) or ""
+            problem, message, code = "System", _system_problem(err) or "", USER_ERROR
+            signs.ended(code if message else CRASHED, message or f"{type(err).__name__}: {err}")
             if not message or ctx.params.get("debug"):
                 raise
         _fail(f"{_words(problem)} error", message)
-        raise typer.Exit(USER_ERROR)
+        if code == LOST:
+            _leave_at_once(code)
+        raise typer.Exit(code)
+
+
+def _leave_at_once(code: int) -> None:
+    """Ends without waiting for what waits for another rank: a saved state under way, the process group."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class _TrainCommand(TyperCommand):
@@ -334,8 +348,6 @@ def _train(config: RunConfig, *, dry_run: bool = False) -> None:
     if first:
         _print_result(config, result)
     if result.interrupted:
-        from mooring.launch.restart import PREEMPTED
-
         if first:
             _fail(
                 "preempted" if result.preempted else "interrupted",

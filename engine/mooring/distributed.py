@@ -13,12 +13,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mooring.errors import DistributedError
+from mooring.errors import DistributedError, RanksLostError
+from mooring.exit_codes import CRASHED
 from mooring.traffic import TRAFFIC
 
 _T = TypeVar("_T")
 # A rank that waits longer than this for another one gives up: the other one hangs, or its link is cut.
 DEFAULT_TIMEOUT = timedelta(minutes=30)
+_GLOO_LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "No route to host",
+    "Timed out waiting",
+    "gloo/transport",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +99,20 @@ class Ranks:
 
         Raises:
             Exception: this rank's problem.
-            DistributedError: another rank's, in words.
+            DistributedError: another rank's, in words, with the exit code that it has there.
         """
-        said = self.gather(None if problem is None else f"{type(problem).__name__}: {problem}")
+        said = self.gather(
+            None
+            if problem is None
+            else (f"{type(problem).__name__}: {problem}", getattr(problem, "exit_code", CRASHED))
+        )
         if problem is not None:
             raise problem
-        for rank, text in enumerate(said):
-            if text is not None:
-                raise DistributedError(f"rank {rank} stopped: {text}")
+        for rank, theirs in enumerate(said):
+            if theirs is not None:
+                error = DistributedError(f"rank {rank} stopped: {theirs[0]}")
+                error.exit_code = theirs[1]
+                raise error
 
     def on_first(self, function: Callable[[], _T]) -> _T:
         """What the function returns on rank 0, on every rank; no other rank calls it.
@@ -196,7 +211,8 @@ def init_from_environment(*, timeout: timedelta = DEFAULT_TIMEOUT) -> Ranks:
         timeout: how long a rank waits for another one in any exchange.
 
     Raises:
-        DistributedError: the environment is contradictory, a rank has no GPU of its own, or rank 0 was not reached.
+        DistributedError: the environment is contradictory, or a rank has no GPU of its own.
+        RanksLostError: the others were not reached.
     """
     if dist.is_initialized():
         return Ranks.here()
@@ -216,12 +232,20 @@ def init_from_environment(*, timeout: timedelta = DEFAULT_TIMEOUT) -> Ranks:
     try:
         dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world, timeout=timeout)
     except (dist.DistError, RuntimeError, ValueError) as err:
-        raise DistributedError(
+        raise RanksLostError(
             f"rank {ranks.rank} of {ranks.world} could not join the others at {address} within "
             f"{timeout.total_seconds():.0f} s: {err}"
         ) from err
     atexit.register(_leave)
     return ranks
+
+
+def is_lost_rank(err: BaseException) -> bool:
+    """Whether an exchange failed because another rank is gone, or was not heard in time."""
+    if isinstance(err, dist.DistError):
+        return True
+    # gloo has no class of its own for it
+    return isinstance(err, RuntimeError) and any(word in str(err) for word in _GLOO_LOST)
 
 
 def _leave() -> None:

@@ -5,9 +5,17 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from mooring.exit_codes import LOST, USER_ERROR
+
 
 class MooringError(ValueError):
-    """Base of all errors that a user's input can cause."""
+    """Base of all errors that a user's input can cause.
+
+    Attributes:
+        exit_code: what a command ends with that raises it (``mooring.exit_codes``).
+    """
+
+    exit_code: int = USER_ERROR
 
 
 class ConfigError(MooringError):
@@ -34,6 +42,12 @@ class RunFolderError(MooringError):
 
 class DistributedError(MooringError):
     """The processes of a run cannot work together."""
+
+
+class RanksLostError(DistributedError):
+    """Another process of the run, its machine or the link to it is gone; nothing here is wrong."""
+
+    exit_code = LOST
 
 
 class MissingDependencyError(MooringError, ImportError):

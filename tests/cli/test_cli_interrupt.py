@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mooring.launch.restart import PREEMPTED
+from mooring.exit_codes import PREEMPTED
 from mooring.state.store import checkpoints_of
 from mooring.train.inference import load_run
 

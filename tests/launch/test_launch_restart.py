@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mooring.launch.restart import PREEMPTED, run_with_restarts
+from mooring.exit_codes import HUNG, LOST, PREEMPTED
+from mooring.launch.restart import run_with_restarts
 
 # Each start appends its words to a file and ends as the next entry of a list says.
 _RUN = """
@@ -34,7 +35,9 @@ sys.exit(int(end))
         ("SIGKILL,SIGSEGV,75,0", 3, 4, 0),
         ("75,75,75", 2, 3, PREEMPTED),
         ("SIGKILL,SIGKILL", 1, 2, 128 + signal.SIGKILL),
-        ("2", 3, 1, 2),  # an error of its own would come again
+        ("2", 3, 1, 2),  # what the user must put right would come again
+        (f"1,{LOST},{HUNG},0", 3, 4, 0),  # a crash, another rank that is lost, a hang
+        ("SIGKILL,127", 3, 2, 127),
         ("130", 3, 1, 130),
         ("75,2", 3, 2, 2),
     ],

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from mooring.exit_codes import HUNG, LOST, PREEMPTED, USER_ERROR
 from mooring.launch.agent import descendants
 from mooring.launch.attempts import run_with_restarts
 from mooring.launch.hosts import Host
@@ -251,9 +253,88 @@ def test_a_failed_launch_starts_again_from_its_checkpoint(tmp_path: Path) -> Non
     (tmp_path / "attempts").unlink()
     with pytest.raises(LaunchError, match="resume=auto out=run"):
         run_with_restarts(
-            replace_restarts(request, 1), cwd=tmp_path, out=Path("run"), warn=warnings.append, limits=QUICK
+            replace(request, restarts=1), cwd=tmp_path, out=Path("run"), warn=warnings.append, limits=QUICK
         )
     assert len((tmp_path / "attempts").read_text().splitlines()) == 2
+
+
+# A launcher that starts its rank again for ever, or hides the rank's exit code behind 1; the rank tells its agent.
+_LAUNCHER = """
+import subprocess, sys, time
+rank = (
+    "import sys; from mooring import signs; code = int(sys.argv[1]); "
+    "signs.ended(code, 'told by the rank'); sys.exit(code)"
+)
+open("attempts", "a").write("x")
+while True:
+    subprocess.run([sys.executable, "-c", rank, sys.argv[1]])
+    if sys.argv[2] == "hides":
+        sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "starts"),
+    [(USER_ERROR, "hides", 1), (USER_ERROR, "restarts", 1), (PREEMPTED, "hides", 2), (HUNG, "hides", 2)],
+)
+def test_only_what_a_restart_may_mend_is_tried_again(
+    tmp_path: Path, code: int, kind: str, starts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "launcher.py").write_text(_LAUNCHER)
+    plan = LaunchPlan(
+        "test",
+        (Command(Host("localhost", 1), range(1), (sys.executable, "launcher.py", str(code), kind)),),
+        1,
+    )
+    request = LaunchRequest("local", (Host("localhost", 1),), (), Rendezvous("127.0.0.1"), restarts=1)
+    monkeypatch.setattr(LaunchRequest, "plan", lambda self, program=None: plan)
+    with pytest.raises(LaunchError, match="told by the rank") as error:
+        run_with_restarts(request, cwd=tmp_path, out=Path("run"), warn=lambda text: None, limits=QUICK)
+    assert error.value.exit_code == code
+    assert (tmp_path / "attempts").read_text() == "x" * starts
+
+
+def test_a_rank_that_is_stopped_is_named(tmp_path: Path) -> None:
+    """It cannot say so itself, and its launcher sees a process that runs."""
+    stops = (
+        "import os, signal, subprocess, sys\n"
+        "rank = ('import os, signal; from mooring import signs; signs.alive(7, \"backward\", 11, 0.0, 0.5); '\n"
+        "        'os.kill(os.getpid(), signal.SIGSTOP)')\n"
+        "subprocess.run([sys.executable, '-c', rank])\n"
+    )
+    with pytest.raises(LaunchError) as error:
+        run_plan(plan_of(tmp_path, stops), remote=Remote(), limits=QUICK, cwd=str(tmp_path), output=Heard())
+    assert error.value.exit_code == HUNG
+    text = str(error.value)
+    assert "localhost (rank 0): rank 7 (process" in text
+    assert "last in 'backward' of step 12: it is stopped by a signal (SIGSTOP)" in text
+
+
+def test_the_cause_is_told_before_what_it_brought_about(tmp_path: Path) -> None:
+    """Whichever ends first: one that lost its partner, or the partner with wrong settings."""
+    ends = "import sys, time; from mooring import signs; time.sleep({}); signs.ended({}, 'because'); sys.exit({})"
+    plan = plan_of(tmp_path, ends.format(0, LOST, LOST), ends.format(0.2, USER_ERROR, USER_ERROR))
+    limits = replace(QUICK, settle=20)
+    with pytest.raises(LaunchError) as error:
+        run_plan(plan, remote=Remote(), limits=limits, cwd=str(tmp_path), output=Heard())
+    assert error.value.exit_code == USER_ERROR
+    assert str(error.value).startswith("localhost (rank 1): exit code 2")
+    assert "the others: localhost (rank 0): exit code 69" in str(error.value)
+
+
+@pytest.mark.parametrize(("fails", "fatal"), [(1, False), (0, True)])
+def test_a_job_goes_on_with_as_many_as_suffice(tmp_path: Path, fails: int, fatal: bool) -> None:
+    """With an elastic rendezvous; the first command holds it."""
+    ends = ["import time\ntime.sleep(2)\n", "import time\ntime.sleep(2)\n"]
+    ends[fails] = "raise SystemExit(1)\n"
+    plan = replace(plan_of(tmp_path, *ends), least=1)
+    heard = Heard()
+    if fatal:
+        with pytest.raises(LaunchError, match=r"rank 0\): exit code 1"):
+            run_plan(plan, remote=Remote(), limits=QUICK, cwd=str(tmp_path), output=heard)
+        return
+    run_plan(plan, remote=Remote(), limits=QUICK, cwd=str(tmp_path), output=heard)
+    assert heard.texts == {(1, 2): "localhost (rank 1): exit code 1: the job goes on without it\n"}
 
 
 class Attempt(LaunchRequest):
@@ -264,12 +345,6 @@ class Attempt(LaunchRequest):
     @property
     def program(self) -> Program:
         return Program(sys.executable, "mooring_stand_in.cli", self.words, self.environment)
-
-
-def replace_restarts(request: LaunchRequest, restarts: int) -> LaunchRequest:
-    from dataclasses import replace
-
-    return replace(request, restarts=restarts)
 
 
 def test_other_hosts_speak_behind_their_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,10 +17,11 @@ from test_train_nonfinite import Fault, assert_same
 from mooring.config.schema import RunConfig
 from mooring.data.sources import dali_is_installed
 from mooring.errors import DataError
+from mooring.exit_codes import HUNG
 from mooring.report.metrics_log import read_metrics
 from mooring.train.engine import Engine
 from mooring.train.health.diagnosis import NonFiniteError
-from mooring.train.health.heartbeat import HUNG, Heartbeat, Phase, ranks_at
+from mooring.train.health.heartbeat import Heartbeat, Phase, ranks_at
 from mooring.train.health.memory import explain_out_of_memory, is_out_of_memory, memory_parts
 from mooring.train.health.spikes import SpikeDetector
 

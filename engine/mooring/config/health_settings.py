@@ -26,12 +26,18 @@ class HealthSettings(Settings):
         description="note a logged loss that many deviations above its running mean; none: off",
     )
     hang_after: float | None = Field(
-        default=1800.0,
+        default=300.0,
         gt=0,
         description="seconds without any progress that are reported as a hang, with stacks; none: off",
     )
-    hang_abort: bool = Field(
-        default=False, description="end the process after reporting a hang (exit code 74)"
+    hang_after_slow: float = Field(
+        default=1800.0,
+        gt=0,
+        description="the same for the set-up, the first step, an export and a saved state, which may take long",
+    )
+    hang_abort: bool | None = Field(
+        default=None,
+        description="end the process after reporting a hang (exit code 74); none: where several train together",
     )
     compare_banks_every: int | None = Field(
         default=1000,

@@ -2,8 +2,12 @@
 
 Talks in JSON lines. On stdin: first the job ``{"argv", "environment", "cwd", "silence", "grace"}``, then
 ``{"signal": N}``, ``{"stop": true}``, or ``{"asked": time}`` as a sign of life. On stdout: ``{"out": text,
-"to": 1 | 2}``, ``{"here": time, "asked": time}`` in answer to each sign of life, and last ``{"exit": code}``
+"to": 1 | 2}``, ``{"here": time, "asked": time}`` in answer to each sign of life, where it failed
+``{"ranks": [...], "why": text}`` (``Overseer.told``; why it was ended from here), and last ``{"exit": code}``
 (negative: the signal).
+
+A rank that is stopped, or says nothing any more, ends the command; so does one that failed by what a user must put
+right, where the launcher in between would start it again.
 
 Nothing outlives it: when the supervisor says stop, closes the connection, or is silent for ``silence``
 seconds (its machine is gone, or the link), every descendant of the command is told to end by SIGTERM, and
@@ -28,9 +32,12 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from mooring.launch.overseer import Overseer, Verdict
+
 _SET_CHILD_SUBREAPER, _SET_PARENT_DEATH_SIGNAL = 36, 1  # prctl(2)
 _KILLED_WITHIN = 10.0  # seconds; a process that waits for a dead disk cannot be killed at all
 _TURN = 0.05  # seconds between looks at the command, which tells its end to nobody who waits on a pipe
+_LOOK = 1.0  # seconds between looks at the signs of its ranks
 
 
 class Agent:
@@ -43,11 +50,12 @@ class Agent:
     def __init__(self, job: dict[str, Any]) -> None:
         self._writing = threading.Lock()
         self._silence, self._grace = float(job["silence"]), float(job["grace"])
+        self._overseer = Overseer()
         _prctl(_SET_CHILD_SUBREAPER, 1)
         try:
             self._process = subprocess.Popen(
                 job["argv"],
-                env=os.environ | job["environment"],
+                env=os.environ | job["environment"] | self._overseer.environment,
                 cwd=job["cwd"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -56,6 +64,7 @@ class Agent:
                 preexec_fn=_in_the_child,
             )
         except OSError as err:
+            self._overseer.close()
             self.say({"out": f"{err.filename or job['argv'][0]}: {err.strerror}\n", "to": 2})
             raise
         self._readers = [
@@ -73,7 +82,8 @@ class Agent:
 
     def run(self) -> int:
         """Serves the supervisor until the command and all its descendants have ended; returns its exit code."""
-        heard = time.monotonic()
+        heard = looked = time.monotonic()
+        verdict: Verdict | None = None
         with selectors.DefaultSelector() as waiting:
             waiting.register(sys.stdin.fileno(), selectors.EVENT_READ)
             pending = b""
@@ -84,13 +94,23 @@ class Agent:
                     heard, stop = time.monotonic(), not received
                     *lines, pending = (pending + received).split(b"\n")
                     stop = any(self._told(json.loads(line)) for line in lines if line.strip()) or stop
-                if stop:
+                if time.monotonic() - looked > _LOOK:
+                    looked, verdict = time.monotonic(), self._overseer.verdict()
+                if stop or verdict is not None:
                     break
+        ended = self._process.poll()
+        if ended is None:  # where its ranks were, before they are ended
+            self.say({"ranks": self._overseer.told(), "why": verdict.text if verdict is not None else ""})
         self._end_all()
         code = self._process.poll()
         for reader in self._readers:
             reader.join(timeout=5)
-        return -signal.SIGKILL if code is None else code
+        if ended:
+            self.say({"ranks": self._overseer.told(), "why": ""})
+        code = -signal.SIGKILL if code is None else code
+        code = self._overseer.exit_code(code) if verdict is None else verdict.code
+        self._overseer.close()
+        return code
 
     def _told(self, message: dict[str, Any]) -> bool:
         """Does what the supervisor asks; True: stop."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from mooring.exit_codes import would_come_again
 from mooring.launch.request import LaunchRequest
-from mooring.launch.supervisor import LaunchError, Limits, Remote, relay, run_plan
+from mooring.launch.supervisor import LaunchError, Limits, Remote, TakenDownError, relay, run_plan
 
 # Of the environment: what a bare login on another machine needs to find the same modules.
 _FOR_PYTHON = ("PYTHONPATH", "LD_LIBRARY_PATH")
@@ -28,6 +29,9 @@ def run_with_restarts(
 ) -> None:
     """Runs the launch until it ends well, or has failed once more often than ``request.restarts``.
 
+    What the user must put right is not tried again (``mooring.exit_codes``): wrong settings or data, a refused resume,
+    a full disk. A crash, a lost machine, a hang and a preemption are.
+
     Args:
         request: what to run.
         cwd: the folder to run in, on every machine.
@@ -36,8 +40,8 @@ def run_with_restarts(
         limits: all waits.
 
     Raises:
-        LaunchError: it failed for good.
-        KeyboardInterrupt: it was interrupted; that is never followed by a restart.
+        LaunchError: it failed for good; with the exit code of its cause.
+        TakenDownError, KeyboardInterrupt: it was told to end; that is never followed by a restart.
     """
     attempt = 0
     while True:
@@ -51,10 +55,11 @@ def run_with_restarts(
             )
             return
         except LaunchError as err:
-            if attempt >= request.restarts:
-                raise LaunchError(
-                    f"{err}\nwhat was saved is in {out}: the same command with resume=auto out={out} goes on from there"
-                ) from None
+            for_good = isinstance(err, TakenDownError) or would_come_again(err.exit_code)
+            if for_good or attempt >= request.restarts:
+                kept = f"what was saved is in {out}: the same command with resume=auto out={out} goes on from there"
+                err.args = (f"{err}\n{kept}",)
+                raise
             attempt += 1
             warn(f"{err}\nstarting again from the newest checkpoint, restart {attempt} of {request.restarts}")
             request = request.again()

@@ -12,7 +12,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mooring.errors import ConfigError
@@ -27,7 +27,7 @@ _TRAVELS = re.compile(
 )
 # Of the job that this process may itself be part of, of one machine's devices, or nobody's business elsewhere.
 _STAYS = re.compile(
-    r"TORCHELASTIC_\w+|CUDA_VISIBLE_DEVICES|MOORING_DEBUG|\w*(TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY)\w*"
+    r"TORCHELASTIC_\w+|CUDA_VISIBLE_DEVICES|MOORING_DEBUG|MOORING_SIGNS|\w*(TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY)\w*"
 )
 
 
@@ -55,11 +55,19 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class LaunchPlan:
-    """All commands of one launch; ``commands[0]`` runs rank 0."""
+    """All commands of one launch; ``commands[0]`` runs rank 0.
+
+    Attributes:
+        kind: for people.
+        commands: one or more a machine.
+        world_size: number of processes.
+        least: commands that suffice to go on where others fail, the first one among them; None: all.
+    """
 
     kind: str
     commands: tuple[Command, ...]
     world_size: int
+    least: int | None = None
 
     def text(self) -> str:
         """The plan as lines that can be pasted into a shell, one block a machine."""
@@ -170,7 +178,7 @@ def torchrun_plan(program: Program, hosts: Sequence[Host], rendezvous: Rendezvou
         ConfigError: the hosts have different slots, or the rendezvous contradicts itself.
     """
     slots = same_slots(hosts, needed_for="torchrun")
-    return _one_a_host(
+    plan = _one_a_host(
         f"torchrun, {rendezvous.backend} rendezvous",
         program,
         hosts,
@@ -181,6 +189,7 @@ def torchrun_plan(program: Program, hosts: Sequence[Host], rendezvous: Rendezvou
             "-m", program.module, *program.words,
         ),
     )  # fmt: skip
+    return replace(plan, least=rendezvous.min_nodes)
 
 
 def torchrun_words(rendezvous: Rendezvous, nodes: int, slots: int, *, node: str) -> tuple[str, ...]:

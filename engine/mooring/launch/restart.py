@@ -7,8 +7,8 @@ import subprocess
 from collections.abc import Callable, Sequence
 from types import FrameType
 
-# sysexits.h: a temporary failure, the user is invited to retry. What a preempted run ends with.
-PREEMPTED = 75
+from mooring.exit_codes import HUNG, PREEMPTED, would_come_again
+
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -19,11 +19,11 @@ def run_with_restarts(
     *,
     note: Callable[[str], None],
 ) -> int:
-    """Runs ``first``, and ``again`` as long as the command was preempted or killed; returns its last exit code.
+    """Runs ``first``, and ``again`` as long as the command was taken down or crashed; returns its last exit code.
 
-    An error of its own ends the loop: it would come again. SIGTERM and SIGUSR1 are passed on and end the loop, too: the
-    scheduler that sends them to this process wants both to end, and starts the job anew itself. Ctrl-C reaches the
-    command by itself, from the terminal.
+    An error that the user must put right ends the loop: it would come again. SIGTERM and SIGUSR1 are passed on and end
+    the loop, too: the scheduler that sends them to this process wants both to end, and starts the job anew itself.
+    Ctrl-C reaches the command by itself, from the terminal.
 
     Args:
         first, again: the words of the command; ``again`` continues what ``first`` began.
@@ -55,17 +55,23 @@ def run_with_restarts(
                 process.send_signal(told_to_stop[-1])
             code = process.wait()
             running.clear()
-            taken_down = code < 0 or code == PREEMPTED
-            if not taken_down or told_to_stop or attempt == restarts:
+            if would_come_again(code) or told_to_stop or attempt == restarts:
                 break
-            what = "preempted" if code == PREEMPTED else f"killed by {_signal_name(-code)}"
             note(
-                f"the run was {what}: starting again from its newest state, restart {attempt + 1} of {restarts}"
+                f"{_what_happened(code)}: starting again from its newest state, restart {attempt + 1} of {restarts}"
             )
         return code if code >= 0 else 128 - code
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _what_happened(code: int) -> str:
+    if code < 0:
+        return f"the run was killed by {_signal_name(-code)}"
+    return {PREEMPTED: "the run was preempted", HUNG: "the run hung"}.get(
+        code, f"the run failed with exit code {code}"
+    )
 
 
 def _signal_name(number: int) -> str:

@@ -18,13 +18,20 @@ from dataclasses import dataclass, field
 from typing import IO, Any, Self
 
 from mooring.errors import MooringError
+from mooring.exit_codes import LOST, PREEMPTED, USER_ERROR
 from mooring.launch.plan import Command, LaunchPlan
 
 _TAIL_LINES = 25
 
 
 class LaunchError(MooringError):
-    """A machine could not be reached, or the job failed on one."""
+    """A machine could not be reached, or the job failed on one; ``exit_code`` says how."""
+
+
+class TakenDownError(LaunchError):
+    """The launch itself was told to end (SIGTERM), and its job has saved itself."""
+
+    exit_code = PREEMPTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +91,8 @@ class Part:
         heard: ``time.monotonic()`` of its last message.
         tail: the last lines it wrote, for an error.
         clock: (time there, our time before we asked, our time after the answer), of the latest sign of life.
+        ranks: where each rank on the machine was when it failed (``Overseer.told``).
+        why: why the agent there ended the command.
     """
 
     command: Command
@@ -94,6 +103,8 @@ class Part:
     answered: bool = False
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=_TAIL_LINES))
     clock: tuple[float, float, float] | None = None
+    ranks: list[dict[str, Any]] = field(default_factory=list)
+    why: str = ""
 
     @property
     def over(self) -> bool:
@@ -102,6 +113,14 @@ class Part:
     @property
     def failed(self) -> bool:
         return self.lost is not None or bool(self.code)
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell has it."""
+        if self.lost is not None:
+            return LOST
+        code = self.code or 0
+        return code if code >= 0 else 128 - code
 
 
 class Job:
@@ -127,6 +146,8 @@ class Job:
         self._limits, self._output = limits, output
         self._messages: queue.SimpleQueue[tuple[Part, dict[str, Any] | None]] = queue.SimpleQueue()
         self.parts: list[Part] = []
+        self._least = len(plan.commands) if plan.least is None else plan.least
+        self._missed: list[Part] = []
         self._interrupts: queue.SimpleQueue[int] = queue.SimpleQueue()
         try:
             for command in plan.commands:
@@ -173,7 +194,7 @@ class Job:
         self._interrupts.put(number)
 
     def wait(self) -> None:
-        """Until every command has ended well.
+        """Until every command has ended well, or as many as suffice.
 
         Raises:
             LaunchError: one failed; the others have been ended. It names the machine, and what it wrote last.
@@ -190,7 +211,7 @@ class Job:
                 number = self._interrupts.get()
                 for part in self.parts:
                     self._send(part, {"signal": number})
-            if first is None and (first := next((part for part in self.parts if part.failed), None)):
+            if first is None and (first := self._fatal()):
                 settle = now + self._limits.settle
             if first is not None and now >= settle:
                 break
@@ -199,10 +220,43 @@ class Job:
             except queue.Empty:
                 continue
             self._take(part, message)
-        first = first or next((part for part in self.parts if part.failed), None)
+        first = first or self._fatal()
         self._end()
         if first is not None:
-            raise LaunchError(self._failure(first))
+            cause = self._cause(first)
+            error = LaunchError(self._failure(cause))
+            error.exit_code = cause.exit_code
+            raise error
+
+    def _fatal(self) -> Part | None:
+        """The failed command without which the job does not go on."""
+        failed = [part for part in self.parts if part.failed]
+        if not failed:
+            return None
+        enough = len(self.parts) - len(failed) >= self._least and not self.parts[0].failed
+        if not enough or any(part.exit_code == USER_ERROR for part in failed):
+            return failed[0] if self.parts[0] not in failed else self.parts[0]
+        for part in failed:
+            if part not in self._missed:
+                self._missed.append(part)
+                self._output(part.command, f"{describe(part)}: the job goes on without it\n", 2)
+        return None
+
+    def _cause(self, first: Part) -> Part:
+        """The command whose failure explains those of the others."""
+
+        def distance(part: Part) -> tuple[int, bool]:
+            if part.exit_code == USER_ERROR:
+                kind = 0
+            elif part.why:
+                kind = 1
+            elif part.lost is not None:
+                kind = 2
+            else:
+                kind = 4 if part.exit_code == LOST else 3
+            return kind, part is not first
+
+        return min((part for part in self.parts if part.failed), key=distance, default=first)
 
     def _take(self, part: Part, message: dict[str, Any] | None) -> None:
         if message is None:  # its connection is closed
@@ -214,6 +268,8 @@ class Job:
         if "out" in message:
             part.tail.extend(line for line in message["out"].splitlines() if line.strip())
             self._output(part.command, message["out"], message["to"])
+        elif "ranks" in message:
+            part.ranks, part.why = message["ranks"], message["why"]
         elif "here" in message:
             part.clock = (message["here"], message["asked"], time.time())
         elif "exit" in message:
@@ -277,6 +333,9 @@ class Job:
             lines.append("the others: " + "; ".join(describe(part) for part in others))
         elif len(self.parts) > 1:
             lines.append("the others were stopped")
+        ranks = [f"  {_rank(part, told)}" for part in self.parts for told in part.ranks]
+        if ranks:
+            lines += ["where the ranks were:", *ranks]
         if first.tail:
             lines += [f"the last lines of {first.command.host.name}:", *(f"  {line}" for line in first.tail)]
         return "\n  ".join(lines)
@@ -285,6 +344,8 @@ class Job:
 def describe(part: Part) -> str:
     """``node1 (rank 2-3): exit code 1``."""
     name = f"{part.command.host.name} ({part.command.ranks_text})"
+    if part.why:
+        return f"{name}: {part.why}"
     if part.lost is not None:
         return f"{name}: {part.lost}"
     code = part.code or 0
@@ -294,6 +355,19 @@ def describe(part: Part) -> str:
         except ValueError:
             return f"{name}: ended by signal {-code}"
     return f"{name}: exit code {code}"
+
+
+def _rank(part: Part, told: Mapping[str, Any]) -> str:
+    """``rank 1 on node1: 'backward' of step 12, 301 s without a move; exit code 74: ...``."""
+    text = f"rank {told['rank']} on {part.command.host.name}:"
+    if "phase" in told:
+        still = told["quiet"] + told["silent"]
+        text += f" in '{told['phase']}' of step {told['step'] + 1}, {still:.0f} s without a move"
+        text += f" ({told['state']})" if told["silent"] > 15 and told["state"] else ""
+    if "code" in told:
+        text += f"; exit code {told['code']}"
+        text += f": {told['text'].splitlines()[0]}" if told["text"] else ""
+    return text
 
 
 def run_plan(
@@ -308,7 +382,8 @@ def run_plan(
 
     Raises:
         LaunchError: it failed on some machine.
-        KeyboardInterrupt: it was interrupted twice.
+        TakenDownError: SIGTERM came to this process, and the ranks have saved themselves.
+        KeyboardInterrupt: it was interrupted.
     """
     interrupted: list[int] = []
     with Job(plan, remote=remote, limits=limits or Limits(), cwd=cwd, output=output) as job:
@@ -323,12 +398,13 @@ def run_plan(
         try:
             job.wait()
         except LaunchError:
-            if interrupted:
-                raise KeyboardInterrupt from None
-            raise
+            if not interrupted:
+                raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+    if interrupted and interrupted[0] == signal.SIGTERM:
+        raise TakenDownError("told to end by SIGTERM; the job has ended, and what it saved can be continued")
     if interrupted:
         raise KeyboardInterrupt
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from mooring.config.load import as_started, to_toml
 from mooring.config.method_settings import method_title
 from mooring.data.source import EpochSource
-from mooring.errors import MooringError, RunFolderError
+from mooring.distributed import is_lost_rank
+from mooring.errors import MooringError, RanksLostError, RunFolderError
 from mooring.models.encoder import Encoder
 from mooring.models.export import export
 from mooring.models.front_door import save_front_door
@@ -124,6 +125,15 @@ class Fit:
             )
             self._record(result)
             return result
+        except RuntimeError as err:
+            if not is_lost_rank(err):
+                raise
+            phase = engine.health.phase
+            raise RanksLostError(
+                f"rank {self.ranks.rank} of {self.ranks.world} lost another one in '{phase.name}' of step "
+                f"{engine.global_step + 1} ({str(err).splitlines()[0][:200]}): what ended that one is told where it "
+                f"ran; continue with resume={self.folder.path}"
+            ) from err
         finally:
             self.log.close()
 
@@ -294,6 +304,7 @@ class Fit:
     def _keep_best(self, val: EvalResult) -> None:
         """Weights of the best epoch and their export, each replaced as a whole."""
         engine = self.engine
+        engine.health.phase.enter("export")
         with self._averaged():
             self._export()
             best = {"epoch": engine.best.epoch, "method": engine.backend.weights(), "val": _as_tree(val)}
@@ -349,6 +360,7 @@ class Fit:
     def _finish(self) -> tuple[EvalResult, EvalResult | None]:
         """Validation result of the best epoch, and its single test."""
         engine = self.engine
+        engine.health.phase.enter("checkpoint")
         self.checkpoints.wait()  # the weights are about to be exchanged for the best ones
         assert engine.best.epoch is not None  # every finished run has validated
         val, weights = self._best_epoch()
@@ -358,6 +370,7 @@ class Fit:
             engine.ema.copy_from(engine.method)  # the best weights are averaged already
         if engine.test_source is None or not self.test:
             return val, None
+        engine.health.phase.enter("test")
         tested = self.folder.path / "test"
         before = self.ranks.on_first(partial(_load_if_there, tested))
         if before is not None:  # a finished run that is resumed: the test split is looked at once

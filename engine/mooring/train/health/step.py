@@ -54,6 +54,7 @@ class StepHealth:
         """The step begins: nothing that depends on its batches has happened yet."""
         engine = self._engine
         self.phase.step = engine.global_step
+        self.phase.steps_begun += 1
         self.phase.enter("forward")
         if not self.is_on:
             return

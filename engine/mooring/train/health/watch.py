@@ -42,7 +42,8 @@ class RunHealth:
             folder.path,
             self._ranks.rank,
             hang_after=settings.hang_after,
-            abort=settings.hang_abort,
+            slow_after=settings.hang_after_slow,
+            abort=self._ranks.world > 1 if settings.hang_abort is None else settings.hang_abort,
             on_hang=lambda text: note(text, {}),
         )
 
