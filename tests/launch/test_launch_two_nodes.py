@@ -106,7 +106,9 @@ except LaunchError as err:
 """
 
 
-def endless(nodes: TwoNodes, *, launcher: str, hang_after: float = 600) -> tuple[subprocess.Popen[str], list[int]]:
+def endless(
+    nodes: TwoNodes, *, launcher: str, hang_after: float = 600
+) -> tuple[subprocess.Popen[str], list[int]]:
     """A job that sums for ever, past its third step: the launch, and the process id of each rank."""
     for rank in (0, 1):
         (nodes.folder / f"ready{rank}").unlink(missing_ok=True)
