@@ -7,22 +7,30 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from mooring.capacity.step import Subject, build_subject, sizes, trace, traced_step
+from mooring.capacity.step import MIDWAY, Subject, build_subject, sizes, trace, traced_step
 from mooring.capacity.storages import Ledger
 from mooring.config.keys import METHODS
 from mooring.config.schema import RunConfig
-from mooring.data.batch import Batch
+from mooring.data.batch import Batch, named_views
 from mooring.errors import ConfigError
-from mooring.methods.base import At
-from mooring.methods.registry import build_method
+from mooring.methods.base import Resources
+from mooring.methods.registry import build_method, needs_of
 from mooring.models.batchnorm import freeze_statistics
 from mooring.models.encoder import build_encoder
 from mooring.models.head import build_head
 
 CLASSES = 10
+# what turns every term on
+EXTRA: dict[str, dict[str, Any]] = {
+    "feature_map": {"map_pull": 1e-4},
+    "delta": {"map_pull": 1e-4},
+    "feature_distillation": {"feature_pull": 1e-3},
+    "bi_tuning": {"image_contrast": 0.1, "class_contrast": 0.1, "queue_rows": 4},
+    "concept_tuning": {"image_contrast": 0.1, "concept_contrast": 0.1, "queue_rows": 4},
+}
 
 
 def config_of(model: str, method: Any = "fine_tune", **train: Any) -> RunConfig:
@@ -52,19 +60,37 @@ def test_the_ledger_on_a_small_network() -> None:
 
 def real_peak(config: RunConfig, batch: int, precision: str) -> tuple[int, int, int]:
     """Bytes that torch's allocator holds: before a real step, at the end of its forward, at its worst moment."""
+    needs, side = needs_of(config.method), config.train.image_size or 224
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         encoder = build_encoder(config.model.name, weights="none", image_size=config.train.image_size)
-        method = build_method(config.method, encoder, build_head(encoder.feature_dim, CLASSES))
-        freeze_statistics(encoder)
+        resources = Resources(
+            classes=tuple(str(number) for number in range(CLASSES)),
+            text_features=torch.randn(CLASSES, 384) if needs.text_features else None,
+            source_head=nn.Linear(encoder.feature_dim, 1000) if needs.source_head else None,
+            image_size=side,
+        )
+        method = build_method(
+            config.method, encoder, build_head(encoder.feature_dim, CLASSES), resources=resources
+        )
+        if (needs.batchnorm or "frozen") == "frozen":
+            freeze_statistics(encoder)
         method.train()
-        side = config.train.image_size or 224
-        images = torch.randn(batch, 3, side, side).contiguous(memory_format=torch.channels_last)
-        given = Batch(images, torch.zeros(batch, dtype=torch.int64), torch.arange(batch))
-        method.before_step(At(0, 0, 10, 10))
+        with record_function("built"):
+            pass
+
+        def images() -> Tensor:
+            return torch.randn(batch, 3, side, side).contiguous(memory_format=torch.channels_last)
+
+        labels, ids = torch.arange(batch) % CLASSES, torch.arange(batch)
+        source = Batch(images(), labels, ids) if needs.source_stream else None
+        given = Batch(
+            images(), labels, ids, views=named_views([images() for _ in needs.views]), source=source
+        )
+        method.before_step(MIDWAY)
         with record_function("begin"):
             pass
         with torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else nullcontext():
-            output = method(given, At(0, 0, 10, 10))
+            output = method(given, MIDWAY)
         with record_function("forward"):
             pass
         output.loss.backward()
@@ -73,7 +99,7 @@ def real_peak(config: RunConfig, batch: int, precision: str) -> tuple[int, int, 
     events = list(profiler.profiler.kineto_results.events())  # type: ignore[union-attr]
     marks = {event.name(): event.start_ns() for event in events}
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    before = sum(size for when, size in changes if when < marks["begin"])
+    before = sum(size for when, size in changes if when < marks["built"])
     kept = sum(size for when, size in changes if marks["begin"] <= when < marks["forward"])
     level, worst = 0, 0
     for when, size in changes:
@@ -111,27 +137,23 @@ def test_memory_is_within_fifteen_percent_of_a_real_step(
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method_has_sizes_and_a_step(method: str) -> None:
-    """Those whose own step cannot be traced say so."""
-    settings: dict[str, Any] = {"name": method}
-    if method in ("feature_map", "delta"):
-        settings["map_pull"] = 1e-4
-    if method == "feature_distillation":
-        settings["feature_pull"] = 1e-3
-    if method == "bi_tuning":
-        settings |= {"image_contrast": 0.1, "class_contrast": 0.1, "queue_rows": 4}
-    if method == "concept_tuning":
-        settings |= {"image_contrast": 0.1, "concept_contrast": 0.1, "queue_rows": 4}
-    config = config_of("resnet10t", settings, image_size=64, batch_size=8)
+def test_every_methods_own_step_is_traced(method: str) -> None:
+    """With every term: its memory is that of a real step, in what is kept and at the worst moment."""
+    settings, batch = {"name": method, **EXTRA.get(method, {})}, 8
+    config = config_of("vit_tiny_patch16_224", settings, image_size=64, batch_size=batch)
     counted = sizes(build_subject(config, CLASSES))
-    step = traced_step(config, CLASSES, 8, precision="bf16")
+    step = traced_step(config, CLASSES, batch, precision="fp32")
+    _, kept, worst = real_peak(config, batch, "fp32")
     assert 0 < counted.trainable <= counted.parameters
-    assert step.flops > 0
-    assert step.step_of == ("fine_tune" if method in ("core_tuning", "concept_tuning") else method)
-    if method == "dr_tune":
-        assert counted.banks == 2048 * (2 * 512 * 4 + 16)
-        assert counted.bank_row == 2 * 512 * 4 + 16
-        assert counted.frozen >= 4 * (counted.parameters - 512 * CLASSES - CLASSES) * 0.99
+    assert step.activations == pytest.approx(kept, rel=0.15)
+    assert step.peak_with_gradients == pytest.approx(worst, rel=0.15)
+
+
+def test_banks_and_frozen_encoders_are_counted() -> None:
+    counted = sizes(build_subject(config_of("resnet10t", "dr_tune", image_size=64), CLASSES))
+    assert counted.banks == 2048 * (2 * 512 * 4 + 16)
+    assert counted.bank_row == 2 * 512 * 4 + 16
+    assert counted.frozen >= 4 * (counted.parameters - 512 * CLASSES - CLASSES) * 0.99
 
 
 def test_checkpointing_keeps_less_and_computes_more() -> None:

@@ -68,7 +68,6 @@ class Workload:
     flops: Line
     moved: Line
     operations: int
-    step_of: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +274,6 @@ def _workload(first: Traced, second: Traced) -> Workload:
         flops=line("flops"),
         moved=line("moved"),
         operations=second.operations,
-        step_of=second.step_of,
     )
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mooring.capacity.storages import Ledger
-from mooring.config.method_settings import CombinedSettings, method_title
+from mooring.config.method_settings import CombinedSettings
 from mooring.config.schema import RunConfig
 from mooring.config.settings import Settings
 from mooring.config.soft_settings import SoftFineTuningSettings
@@ -27,10 +28,12 @@ from mooring.methods.bank import FeatureBank
 from mooring.methods.base import At, Method, Needs, Resources
 from mooring.methods.registry import build_method, needs_of
 from mooring.models.batchnorm import freeze_statistics
-from mooring.models.encoder import Encoder, build_encoder
+from mooring.models.encoder import Encoder, encoder_of
 from mooring.models.head import build_head
 
 _TEXT_WIDTH = 384  # of the default text encoder
+# Past every warm-up and every probing phase, before anything has faded out.
+MIDWAY = At(step=6000, epoch=60, steps_per_epoch=100, total_steps=10_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,6 @@ class Traced:
         flops: forward and backward.
         moved: bytes read and written by everything that is no matrix product.
         operations: number of operations, each a kernel.
-        step_of: the method that was traced; another one where the run's own cannot be.
     """
 
     batch: int
@@ -79,7 +81,6 @@ class Traced:
     flops: int
     moved: int
     operations: int
-    step_of: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +93,6 @@ class Subject:
     needs: Needs
     num_classes: int
     image_size: int
-    fallback: str | None = None  # why the run's own method could not be built
-
-    @property
-    def title(self) -> str:
-        return method_title(self.config.method) if self.fallback is None else "fine_tune"
 
 
 def build_subject(config: RunConfig, num_classes: int) -> Subject:
@@ -107,31 +103,19 @@ def build_subject(config: RunConfig, num_classes: int) -> Subject:
     """
     settings: Any = config.method
     with torch.device("meta"), _quiet():
-        encoder = build_encoder(
-            config.model.name,
-            weights="none",
-            drop_rate=config.model.drop_rate,
-            drop_path_rate=config.model.drop_path_rate,
-            image_size=config.train.image_size,
-        )
+        encoder = encoder_of(config, weights="none")
         size = config.train.image_size or int(encoder.data_config["input_size"][-1])
         head = build_head(encoder.feature_dim, num_classes)
-        needs, fallback = needs_of(settings), None
-        try:
-            method = build_method(
-                settings, encoder, head, label_smoothing=config.train.label_smoothing,
-                resources=_resources(config, needs, encoder, num_classes, size),
-            )  # fmt: skip
-        except RuntimeError as err:  # a generator, which meta tensors cannot have
-            from mooring.config.method_settings import FineTuneSettings
-
-            fallback, needs = str(err).splitlines()[0], Needs()
-            method = build_method(FineTuneSettings(), encoder, head)
+        needs = needs_of(settings)
+        method = build_method(
+            settings, encoder, head, label_smoothing=config.train.label_smoothing,
+            resources=_resources(config, needs, encoder, num_classes, size),
+        )  # fmt: skip
     if (
         needs.batchnorm or "frozen" if config.train.batchnorm == "auto" else config.train.batchnorm
     ) == "frozen":
         freeze_statistics(encoder)
-    return Subject(config, method, encoder, needs, num_classes, size, fallback)
+    return Subject(config, method, encoder, needs, num_classes, size)
 
 
 def sizes(subject: Subject) -> Sizes:
@@ -172,15 +156,16 @@ def trace(subject: Subject, batch: int, *, precision: str, checkpointing: bool =
         method.train()
         images = _batch(subject, batch)
         autocast = torch.autocast("cpu", dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
-        at = At(step=0, epoch=0, steps_per_epoch=10, total_steps=10)
-        method.before_step(at)
-        with closing(Ledger(method.parameters())) as ledger, ledger:
-            ledger.ignore([*method.parameters(), *method.buffers(), *_held(method, set())[1].values()])
+        method.before_step(MIDWAY)
+        with _Ones(), closing(Ledger(method.parameters())) as ledger, ledger:
+            banks, others = _held(method, set())
+            rows = (tensor for bank in banks for tensor in _bank_tensors(bank))
+            ledger.ignore([*method.parameters(), *method.buffers(), *others.values(), *rows])
             with autocast:
-                output = method(images, at)
+                output = method(images, MIDWAY)
             activations = ledger.live
             output.loss.backward()
-        method.after_step([output], [images], at)
+        method.after_step([output], [images], MIDWAY)
     return Traced(
         batch=batch,
         activations=activations,
@@ -189,29 +174,15 @@ def trace(subject: Subject, batch: int, *, precision: str, checkpointing: bool =
         flops=ledger.flops,
         moved=ledger.moved,
         operations=ledger.operations,
-        step_of=subject.title,
     )
 
 
 def traced_step(
     config: RunConfig, num_classes: int, batch: int, *, precision: str, checkpointing: bool = False
 ) -> Traced:
-    """``trace`` on the method of ``config``, or on plain fine-tuning where that one cannot be traced.
-
-    Some methods wait for a number in the middle of a step; what they add to plain fine-tuning is then missing,
-    and ``step_of`` says so.
-    """
-    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-
-    try:
-        return trace(
-            build_subject(config, num_classes), batch, precision=precision, checkpointing=checkpointing
-        )
-    except (DataDependentOutputException, DynamicOutputShapeException):
-        plain = RunConfig.model_validate(config.model_dump() | {"method": "fine_tune"}, strict=False)
-        return trace(
-            build_subject(plain, num_classes), batch, precision=precision, checkpointing=checkpointing
-        )
+    """``trace`` on the method of ``config``."""
+    subject = build_subject(config, num_classes)
+    return trace(subject, batch, precision=precision, checkpointing=checkpointing)
 
 
 # ---------------------------------------------------------------- parts
@@ -236,6 +207,16 @@ def _source_rows(config: RunConfig) -> int:
     )
     soft = next((part for part in parts if isinstance(part, SoftFineTuningSettings)), None)
     return (soft.source_batch_size if soft is not None else None) or config.train.batch_size
+
+
+class _Ones(TorchDispatchMode):
+    """A number that a step reads (the seed of Core-tuning's draws) is 1: traced tensors have no content."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            dtype = args[0].dtype
+            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+        return func(*args, **(kwargs or {}))
 
 
 def _batch(subject: Subject, rows: int) -> Batch:
@@ -314,9 +295,13 @@ def _real(value: Any) -> Any:
     return value
 
 
-def _bank_bytes(bank: FeatureBank) -> int:
+def _bank_tensors(bank: FeatureBank) -> list[Tensor]:
     view = bank.view()
-    return sum(t.nbytes for t in (*view.fields.values(), view.labels, view.ids))
+    return [*view.fields.values(), view.labels, view.ids]
+
+
+def _bank_bytes(bank: FeatureBank) -> int:
+    return sum(tensor.nbytes for tensor in _bank_tensors(bank))
 
 
 def _blocks(encoder: nn.Module) -> Iterator[int]:

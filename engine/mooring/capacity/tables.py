@@ -26,11 +26,6 @@ def plan_tables(predictor: Predictor, cluster: Cluster, advice: Advice) -> list[
         f"{work.flops.at(1) / 1e9:.1f} GFLOP an image, {work.activations.each / 1e6:.1f} MB of activations an "
         f"image ({again})"
     ]
-    if work.step_of != title:
-        lines.append(
-            f"[yellow]note[/] the step of {escape(title)} cannot be traced: activations, work and time below are "
-            "those of plain fine-tuning, and what the method adds is missing"
-        )
     table = Table(
         "ZeRO", "ckpt", "model", "act.", "frozen", "banks", "all", "fits", "sent", "ms", "images/s", "waits",
         title=f"predicted for each of {cluster.world} GPUs, {predictor.precision}, in GB",

@@ -150,7 +150,8 @@ class ConceptTuning(Method):
 
     @staticmethod
     def _generators(seed: int, device: torch.device) -> dict[str, torch.Generator]:
-        return {name: torch.Generator(device).manual_seed(seed ^ _SEEDS[name]) for name in ("pick", "noise")}
+        place = "cpu" if device.type == "meta" else device  # where nothing is drawn
+        return {name: torch.Generator(place).manual_seed(seed ^ _SEEDS[name]) for name in ("pick", "noise")}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConceptTuning:
         super()._apply(fn, recurse)
@@ -158,6 +159,7 @@ class ConceptTuning(Method):
         device = self.head.weight.device
         if self._draws["pick"].device != device:
             self._draws = self._generators(0, device)
+        if any(queue.view().labels.device != device for queue in self._queues.values()):
             moved = self._empty_queues(device)
             for name, queue in moved.items():
                 queue.load_state_dict(self._queues[name].state_dict())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import mooring.models.cifar_resnet  # noqa: F401  registers what timm lacks
+from mooring.config.schema import RunConfig
 from mooring.errors import ConfigError, WeightsError
 from mooring.models.reachable import require_reachable
 from mooring.models.torchvision_shim import import_timm
@@ -82,6 +83,18 @@ class Encoder(nn.Module):
                 "take a model with global pooling"
             )
         return int(features.shape[1])
+
+
+def encoder_of(config: RunConfig, *, weights: str | Path | None = None) -> Encoder:
+    """``build_encoder`` as a run's settings say; ``weights``: others than the run's."""
+    model = config.model
+    return build_encoder(
+        model.name,
+        weights=model.weights if weights is None else weights,
+        drop_rate=model.drop_rate,
+        drop_path_rate=model.drop_path_rate,
+        image_size=config.train.image_size,
+    )
 
 
 def build_encoder(

@@ -38,7 +38,7 @@ from mooring.methods.without_effect import check_effect
 from mooring.models.batchnorm import FrozenEncoder, freeze_statistics, frozen_copy, parameter_count
 from mooring.models.batchnorm_sync import synchronise_statistics_
 from mooring.models.ema import WeightEMA
-from mooring.models.encoder import Encoder, build_encoder
+from mooring.models.encoder import Encoder, encoder_of
 from mooring.models.export import assemble as assemble_export
 from mooring.models.groups import parameter_groups
 from mooring.models.head import build_head
@@ -164,7 +164,7 @@ def assemble(
     config = _fitting_batch(config, manifest.counts["train"], ranks.world)
     train = config.train
     share = train.batch_size // ranks.world
-    encoder = _encoder(config).to(device)
+    encoder = encoder_of(config).to(device)
     # before the method touches it; a continued run gets it from the same weights
     pretrained = frozen_copy(encoder, fold=False) if config.report.distortion else None
     head = build_head(
@@ -427,17 +427,6 @@ def open_data(
         label_column=data.label_column,
         split_column=data.split_column,
         progress=progress,
-    )
-
-
-def _encoder(config: RunConfig) -> Encoder:
-    model, train = config.model, config.train
-    return build_encoder(
-        model.name,
-        weights=model.weights,
-        drop_rate=model.drop_rate,
-        drop_path_rate=model.drop_path_rate,
-        image_size=train.image_size,
     )
 
 
