@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -55,8 +57,15 @@ class DataParallelBackend(LocalBackend):
         order = [p for p in reversed(list(method.parameters())) if id(p) in owned]
         self._buckets = _buckets(order)
         self._bucket_of = {p: number for number, bucket in enumerate(self._buckets) for p in bucket}
+        # weakly: a parameter's hook that holds what holds the parameter is never collected
+        arrived = weakref.WeakMethod(self._arrived)
+
+        def hook(parameter: Tensor) -> None:
+            if (method := arrived()) is not None:
+                method(parameter)
+
         for parameter in order:
-            parameter.register_post_accumulate_grad_hook(self._arrived)
+            parameter.register_post_accumulate_grad_hook(hook)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._last = last and self.ranks.world > 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -80,6 +81,8 @@ class DeepSpeedBackend(LocalBackend):
         self._engine, *_ = self._deepspeed.initialize(
             model=self._module, optimizer=optimizer, config=self.settings, dist_init_required=False
         )
+        # its hooks hold it, through objects that Python's collector cannot see into
+        weakref.finalize(self, self._engine.destroy).atexit = False
 
     def forward(self, batch: Batch, at: At) -> StepOutput:
         with self.autocast():
