@@ -618,7 +618,7 @@ def launch(
     if slurm:
         from mooring.launch.slurm import submit, write_script
 
-        script = write_script(request, folder=Path.cwd(), dry_run=dry_run)
+        script = write_script(request, folder=Path.cwd(), preflight=preflight, dry_run=dry_run)
         if dry_run:
             typer.echo(script.text, nl=False)
             return
@@ -641,19 +641,32 @@ def preflight(
     torchrun: Annotated[
         bool, typer.Option("--torchrun", help="Try the all-reduce under torchrun, not DeepSpeed's launcher.")
     ] = False,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="Ask the nodes of the Slurm job that this runs in, by srun.")
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="--slurm: processes on each node. \\[default: 1]")
+    ] = None,
     master_addr: _Address = None,
     master_port: _Port = 29500,
     env: _Environment = None,
 ) -> None:
     """Ask every host what it has, and try a small all-reduce; mooring launch does this by itself."""
     from mooring.launch.request import launch_request
+    from mooring.launch.slurm import allocated_hosts
+
+    if slurm and hostfile is not None:
+        raise ConfigError("--hostfile: got one with --slurm, which knows the nodes itself; leave one out")
+    if processes is not None and not slurm:
+        raise ConfigError("--processes: belongs to --slurm; a hostfile says how many slots each host has")
 
     config, words = _launched(arguments or [])
     request = launch_request(
         words,
         name="preflight",
         hostfile=hostfile,
-        torchrun=torchrun,
+        torchrun=torchrun or slurm,
+        allocated=allocated_hosts(processes or 1) if slurm else (),
         master_addr=master_addr,
         master_port=master_port,
         env=env or [],

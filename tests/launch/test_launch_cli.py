@@ -67,6 +67,9 @@ def test_without_slurm_the_script_is_kept(monkeypatch: pytest.MonkeyPatch) -> No
         (["launch", "train.epoch=3", "data=photos"], "the nearest is train.epochs"),
         (["launch", "--epochs", "3", "data=photos"], "write train.epochs=3"),
         (["preflight", "data=photos", "--env", "x"], "expected NAME=VALUE"),
+        (["preflight", "data=photos", "--slurm"], "expected to run inside a Slurm job"),
+        (["preflight", "data=photos", "--slurm", "--hostfile", "hosts"], "leave one out"),
+        (["preflight", "data=photos", "--processes", "2"], "belongs to --slurm"),
     ],
 )
 def test_mistakes_are_told_before_anything_starts(words: list[str], message: str) -> None:

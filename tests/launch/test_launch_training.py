@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from slurm_cluster import require_slurm, slurm
+from slurm_cluster import Slurm, require_slurm, slurm
 from two_nodes import TwoNodes, require_two_nodes, two_nodes
 
 from mooring.report.metrics_log import read_metrics
@@ -127,12 +128,53 @@ def test_two_nodes_train_as_one_process(
     assert nodes.wait_until_idle("node0") == nodes.wait_until_idle("node1") == []
 
 
+# As `mooring launch`, with short waits.
+DRIVER = """
+import sys
+from pathlib import Path
+from mooring.launch.attempts import run_with_restarts
+from mooring.launch.request import launch_request
+from mooring.launch.supervisor import LaunchError, Limits
+
+out, *words = sys.argv[1:]
+request = launch_request(
+    ["train", "recipe.toml", *words, f"out={out}"], name="lost", hostfile=Path("hosts"), torchrun=True, restarts=3
+)
+limits = Limits(connect=60, heartbeat=1, silence=10, settle=10, grace=10)
+try:
+    run_with_restarts(request, cwd=Path.cwd(), out=Path(out), warn=lambda text: print(text, flush=True), limits=limits)
+except LaunchError as err:
+    sys.exit(f"LAUNCH ERROR {err}")
+"""
+LONG = ["train.epochs=12", "backend.name=ddp", "method.bank_scope=private", "health.hang_after=10"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(nodes: TwoNodes) -> list[float]:
+    """Losses of the long run on both nodes that nothing happens to."""
+    (nodes.folder / "driver.py").write_text(DRIVER)
+    code, output = nodes.run([sys.executable, "driver.py", "undisturbed", *LONG])
+    assert code == 0, output
+    return losses(nodes.folder / "undisturbed")
+
+
 @pytest.mark.slow
-def test_a_killed_node_is_replaced_and_the_run_goes_on(nodes: TwoNodes) -> None:
-    """Killed in the middle on node1: the launch ends the rest and starts again from the newest checkpoint."""
-    words = [*MOORING, "launch", "--hostfile", "hosts", "--no-preflight", "--torchrun", "--restarts", "1"]
-    process = nodes.start([*words, "recipe.toml", "train.epochs=20", "backend.name=ddp", "out=survivor"])
-    run = nodes.folder / "survivor"
+@pytest.mark.parametrize(
+    ("what", "out"),
+    [
+        pytest.param("killed", "killed", id="killed"),
+        pytest.param("killed", "local/killed", id="killed-on-disks-of-their-own"),
+        pytest.param("stopped", "stopped", id="stopped"),
+        pytest.param("cut", "local/cut", id="cut-on-disks-of-their-own"),
+    ],
+)
+def test_a_lost_rank_is_replaced_and_the_run_goes_on(
+    nodes: TwoNodes, undisturbed: list[float], what: str, out: str
+) -> None:
+    """In the middle, on node1: the launch ends everything, names it, and goes on bit for bit from what was saved."""
+    process = nodes.start([sys.executable, "driver.py", out, *LONG])
+    disk = "disk-node0/" if out.startswith("local/") else ""
+    run = nodes.folder / (disk + out.removeprefix("local/"))
     try:
         deadline = time.monotonic() + 300
         while not (run / "checkpoints" / "step-10").is_dir():
@@ -141,36 +183,89 @@ def test_a_killed_node_is_replaced_and_the_run_goes_on(nodes: TwoNodes) -> None:
             time.sleep(0.05)
         trainers = [pid for pid in nodes.pids("node1") if b"mooring.cli" in _command_line(pid)]
         assert trainers
-        for pid in trainers:
-            os.kill(pid, signal.SIGKILL)
+        if what == "cut":
+            nodes.cut_the_cable()
+            try:
+                assert nodes.wait_until_idle("node1", seconds=120) == []
+            finally:
+                nodes.join_the_cable()
+        else:
+            for pid in trainers:
+                os.kill(pid, signal.SIGKILL if what == "killed" else signal.SIGSTOP)
         output, _ = process.communicate(timeout=400)
     finally:
         process.kill()
     assert process.returncode == 0, output
-    assert "starting again from the newest checkpoint, restart 1 of 1" in output
-    steps = [record.step for record in read_metrics(run) if record.kind == "train"]
-    assert sorted(set(steps)) == list(range(min(steps), 100 + min(steps)))
+    assert "starting again from the newest checkpoint, restart 1 of 3" in output
+    if what == "stopped":
+        assert "hangs: nothing has moved for" in output and "where the ranks were:" in output
+    assert losses(run) == undisturbed
     assert (run / "result.json").is_file()
+    if disk:
+        state = nodes.folder / "disk-node1" / out.removeprefix("local/") / "checkpoints" / "step-60"
+        assert {file.name for file in state.iterdir()} == {
+            "manifest.json",
+            "rank-1.json",
+            "rank-1.safetensors",
+        }
+
+
+@pytest.fixture(scope="module")
+def cluster(nodes: TwoNodes) -> Iterator[Slurm]:
+    """A real Slurm of both nodes."""
+    require_slurm()
+    with slurm(nodes) as up:
+        yield up
+
+
+def submitted(cluster: Slurm, words: Sequence[str]) -> tuple[str, str]:
+    """What became of a job of ``mooring launch --slurm``: its last state and its log."""
+    folder = cluster.nodes.folder
+    code, output = cluster.nodes.run(
+        [*MOORING, "launch", "--slurm", "--nodes=2", "--processes=1", "--gpus-per-node=0", *words],
+        environment=cluster.environment,
+    )
+    assert code == 0, output
+    job = output.split()[1]
+    state = cluster.wait_for(job)
+    return state, next(folder.glob(f"*-{job}.log")).read_text()
 
 
 @pytest.mark.slow
-def test_slurm_runs_the_submitted_script(nodes: TwoNodes, alone: list[float]) -> None:
-    """A real Slurm of both nodes; ``mooring launch --slurm`` writes and submits."""
-    require_slurm()
-    with slurm(nodes) as cluster:
-        code, output = nodes.run(
-            [
-                *MOORING, "launch", "--slurm", "--nodes", "2", "--processes", "1", "--gpus-per-node", "0",
-                "recipe.toml", "out=by-slurm", "method.bank_scope=sharded",
-            ],
-            environment=cluster.environment,
-        )  # fmt: skip
-        assert code == 0, output
-        job = output.split()[1]
-        state = cluster.wait_for(job)
-        log = (nodes.folder / f"by-slurm-{job}.log").read_text()
+def test_slurm_runs_the_submitted_script(cluster: Slurm, nodes: TwoNodes, alone: list[float]) -> None:
+    state, log = submitted(cluster, ["recipe.toml", "out=by-slurm", "method.bank_scope=sharded"])
     assert state == "COMPLETED", log
+    assert "2 of 2 answered" in log and "2 processes by gloo" in log
     assert losses(nodes.folder / "by-slurm") == pytest.approx(alone, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_slurm_ends_a_job_whose_nodes_are_not_ready(cluster: Slurm, nodes: TwoNodes) -> None:
+    """One node lacks the data."""
+    shutil.copytree(nodes.folder / "photos", nodes.folder / "disk-node0" / "photos")
+    state, log = submitted(cluster, ["recipe.toml", "data=local/photos", "out=not-ready"])
+    assert state == "FAILED", log
+    assert "no data there" in log and "the hosts are not ready: 1 of the lines" in log
+    assert not (nodes.folder / "not-ready").exists()
+
+
+@pytest.mark.slow
+def test_slurm_runs_the_plain_script(
+    cluster: Slurm, nodes: TwoNodes, alone: list[float], repository: Path
+) -> None:
+    """launch/slurm.sbatch, submitted by hand."""
+    script = str(repository / "launch" / "slurm.sbatch")
+    code, output = nodes.run(
+        ["sbatch", "--parsable", "--nodes=2", script, "recipe.toml", "out=by-hand"],
+        environment={**cluster.environment, "PYTHON": sys.executable},
+    )
+    assert code == 0, output
+    job = output.split()[-1]
+    state = cluster.wait_for(job)
+    log = (nodes.folder / f"mooring-{job}.log").read_text()
+    assert state == "COMPLETED", log
+    assert "2 of 2 answered" in log
+    assert losses(nodes.folder / "by-hand") == pytest.approx(alone, rel=1e-3)
 
 
 def _command_line(pid: int) -> bytes:

@@ -1,8 +1,9 @@
 """Two machines on one: network and UTS namespaces joined by a virtual cable, with an ssh server in each.
 
-Everything lies in a temporary folder and in namespaces of its own: keys, host names, addresses. Root's own ssh
-files and the machine's network stay untouched. Processes are ended by their ids: the namespaces share the
-machine's process numbers, and a ``pkill`` on one "node" would reach the other.
+Everything lies in a temporary folder and in namespaces of its own: keys, host names, addresses. The nodes share that
+folder, but for ``local/`` in it, where each has a disk of its own. Root's own ssh files and the machine's network stay
+untouched. Processes are ended by their ids: the namespaces share the machine's process numbers, and a ``pkill`` on one
+"node" would reach the other.
 """
 
 from __future__ import annotations
@@ -66,7 +67,11 @@ class TwoNodes:
         """``words`` as run on a node."""
         # not `ip netns exec`: that one hides the control groups, which Slurm looks for
         space = self._spaces[node]
-        own = f'mount --bind {self.folder / "names"} /etc/hosts && hostname {node} && exec "$@"'
+        own = (
+            f"mount --bind {self.folder / 'names'} /etc/hosts && "
+            f"mount --bind {self.folder / f'disk-{node}'} {self.folder / 'local'} && "
+            f'hostname {node} && exec "$@"'
+        )
         return [
             "nsenter",
             f"--net=/run/netns/{space}",
@@ -206,7 +211,8 @@ class TwoNodes:
             f"Host node0 node1\nUser root\nIdentityFile {folder / 'id'}\nIdentitiesOnly yes\n"
             f"StrictHostKeyChecking no\nUserKnownHostsFile {os.devnull}\nLogLevel ERROR\n"
         )
-        (folder / "bin").mkdir()
+        for name in ("bin", "local", *(f"disk-{node}" for node in ADDRESSES)):
+            (folder / name).mkdir()
         wrapper = folder / "bin" / "ssh"
         wrapper.write_text(f'#!/bin/sh\nexec {_program("ssh")} -F {folder / "ssh_config"} "$@"\n')
         wrapper.chmod(0o755)

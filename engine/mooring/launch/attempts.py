@@ -16,7 +16,7 @@ _FOR_PYTHON = ("PYTHONPATH", "LD_LIBRARY_PATH")
 def remote_of(request: LaunchRequest) -> Remote:
     """How the hosts of a launch are reached."""
     environment = {name: value for name, value in request.environment.items() if name in _FOR_PYTHON}
-    return Remote(environment=environment)
+    return Remote(environment=environment, srun=request.in_slurm)
 
 
 def run_with_restarts(

@@ -44,6 +44,7 @@ class LaunchRequest:
         hostfile: as given, for pdsh.
         allocation: of a Slurm job.
         restarts: how often a failed job is started again.
+        in_slurm: this process belongs to a Slurm job, whose nodes the hosts are.
     """
 
     launcher: Launcher
@@ -54,6 +55,7 @@ class LaunchRequest:
     hostfile: Path | None = None
     allocation: Allocation | None = None
     restarts: int = 0
+    in_slurm: bool = False
 
     @property
     def program(self) -> Program:
@@ -112,12 +114,14 @@ def launch_request(
     gpus_per_node: int | None = None,
     env: Sequence[str] = (),
     sbatch: Sequence[str] = (),
+    allocated: Sequence[Host] = (),
 ) -> LaunchRequest:
     """Checks the options of ``mooring launch`` against each other.
 
     Args:
         words: of the program, ``train`` first.
         name: of the job.
+        allocated: the nodes of the Slurm job that this process belongs to.
         others: the options, named as on the command line.
 
     Raises:
@@ -143,7 +147,7 @@ def launch_request(
     if problems:
         raise ConfigError("\n  ".join(["the launch cannot be planned:", *problems]))
 
-    hosts: tuple[Host, ...] = read_hostfile(hostfile) if hostfile is not None else ()
+    hosts: tuple[Host, ...] = read_hostfile(hostfile) if hostfile is not None else tuple(allocated)
     if not hosts and not slurm:
         hosts = (Host("localhost", processes or 1),)
     if hosts and high is not None and high != len(hosts):
@@ -190,6 +194,7 @@ def launch_request(
         hostfile=hostfile,
         allocation=allocation,
         restarts=0 if meeting.restarts else restarts,
+        in_slurm=bool(allocated),
     )
 
 

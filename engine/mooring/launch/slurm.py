@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mooring.errors import ConfigError
 from mooring.launch.allocation import FIRST, Allocation
+from mooring.launch.hosts import Host
 from mooring.launch.plan import Program, Rendezvous, torchrun_words
 from mooring.launch.request import LaunchRequest
 from mooring.launch.supervisor import LaunchError
@@ -25,7 +27,7 @@ def sbatch_script(
     rendezvous: Rendezvous,
     *,
     folder: Path,
-    preflight: Sequence[str] = (),
+    preflight: bool = True,
 ) -> str:
     """The batch script: torchrun on every node, which meet on the first.
 
@@ -34,7 +36,7 @@ def sbatch_script(
         allocation: what is asked of Slurm.
         rendezvous: its address is ``FIRST``.
         folder: where the job runs and its log goes; shared by all nodes.
-        preflight: a command to run on every node before; empty: none.
+        preflight: ask all nodes of the job before anything is trained (``mooring preflight --slurm``).
 
     Raises:
         ConfigError: an option that is none.
@@ -64,12 +66,22 @@ def sbatch_script(
     ]
     run = " ".join([shlex.quote(program.python), *torchrun, "-m", program.module])
     quoted = [shlex.quote(word) for word in program.words]
-    check = (
-        ["", "# the same check that `mooring launch` makes: it ends the job before anything is trained",
-         "srun --kill-on-bad-exit=1 " + shlex.join(preflight)]
-        if preflight
-        else []
-    )  # fmt: skip
+    check = []
+    if preflight:
+        asked_words = (
+            *(
+                "preflight",
+                "--slurm",
+                f"--processes={allocation.processes}",
+                f"--master-port={rendezvous.port}",
+            ),
+            *(word for word in program.words[1:] if not word.startswith("resume=")),
+        )
+        check = [
+            "",
+            "# asks every node, and tries a small all-reduce: what is wrong where ends the job before it trains",
+            shlex.join([program.python, "-m", program.module, *asked_words]),
+        ]
     return "\n".join(
         [
             "#!/bin/bash",
@@ -100,14 +112,18 @@ class Script:
     text: str
 
 
-def write_script(request: LaunchRequest, *, folder: Path, dry_run: bool = False) -> Script:
+def write_script(
+    request: LaunchRequest, *, folder: Path, preflight: bool = True, dry_run: bool = False
+) -> Script:
     """The batch script of a launch, written to ``folder/JOB.sbatch`` unless ``dry_run``.
 
     Raises:
         LaunchError: there is another file of that name.
     """
     assert request.allocation is not None
-    text = sbatch_script(request.program, request.allocation, request.rendezvous, folder=folder)
+    text = sbatch_script(
+        request.program, request.allocation, request.rendezvous, folder=folder, preflight=preflight
+    )
     script = Script(folder / f"{request.rendezvous.job}.sbatch", text)
     if dry_run:
         return script
@@ -115,6 +131,26 @@ def write_script(request: LaunchRequest, *, folder: Path, dry_run: bool = False)
         raise LaunchError(f"{script.path} is another script already: remove it, or choose another out=")
     script.path.write_text(text, encoding="utf-8")
     return script
+
+
+def allocated_hosts(processes: int, environment: Mapping[str, str] = os.environ) -> tuple[Host, ...]:
+    """The nodes of the Slurm job that this process belongs to, the first of them first.
+
+    Raises:
+        LaunchError: it belongs to none.
+    """
+    nodes = environment.get("SLURM_JOB_NODELIST")
+    if not nodes:
+        raise LaunchError(
+            "--slurm: expected to run inside a Slurm job (sbatch, salloc), got no SLURM_JOB_NODELIST"
+        )
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=60, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as err:
+        raise LaunchError(f"scontrol could not tell the nodes of {nodes}: {err}") from None
+    return tuple(Host(name, processes) for name in done.stdout.split())
 
 
 def submit(script: Path) -> str:

@@ -61,11 +61,13 @@ class Remote:
         ssh: the command and its options, before the host's name.
         python: the interpreter there.
         environment: set there before Python starts, where it must find its modules by it.
+        srun: not by ssh, but as a step of the Slurm job that this process belongs to.
     """
 
     ssh: tuple[str, ...] = ("ssh",)
     python: str = sys.executable
     environment: Mapping[str, str] = field(default_factory=dict)
+    srun: bool = False
 
     def argv(self, command: Command, module: str = "mooring.launch.agent") -> list[str]:
         """Starts ``module`` where the command shall run. The words after the host's name are read by a shell."""
@@ -73,6 +75,20 @@ class Remote:
         if command.host.is_here:
             return start
         settings = [f"{name}={value}" for name, value in sorted(self.environment.items())]
+        if self.srun:
+            return [
+                *(
+                    "srun",
+                    "--overlap",
+                    "--nodes=1",
+                    "--ntasks=1",
+                    "--ntasks-per-node=1",
+                    "--unbuffered",
+                    "--quiet",
+                ),
+                f"--nodelist={command.host.name}",
+                *("env", *settings, *start),
+            ]
         return [
             *self.ssh,
             *("-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10"),

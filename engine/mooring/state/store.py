@@ -6,6 +6,10 @@ hash of itself), syncs the folder, renames it to ``step-N/``, syncs its parent a
 A process may die between any two of these: either the rename is on the disk and the manifest vouches for every byte,
 or the folder has no name that counts.
 
+Where the run folder is on several file systems, each has the files of the ranks that see it: the first of these keeps
+it, with the same manifest as everywhere. A checkpoint is whole when its files are, wherever they lie; before it is
+read, each file system gets what its ranks lack.
+
 Order is by step and by a serial number for several checkpoints of one step (``step-N``, ``step-N-1``); no clock is
 asked. The pointer is for people and for a warning: what is continued from is the newest folder that its own manifest
 vouches for.
@@ -17,8 +21,9 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -27,6 +32,7 @@ from mooring.errors import RunFolderError
 from mooring.parsing import parse_json
 from mooring.state.durable import damage, read_checked, sync, write_durably
 from mooring.state.encoding import EncodedTree, decode_tree, document_bytes, tensor_bytes
+from mooring.state.file_systems import keepers, send_file
 from mooring.state.retention import Retention
 
 FOLDER = "checkpoints"
@@ -96,7 +102,8 @@ class CheckpointStore:
 
     Args:
         folder: ``RUN/checkpoints``; made with the first checkpoint.
-        ranks: the processes that write together. Every call of ``write`` is collective.
+        ranks: the processes that write together. Calls of ``write``, ``newest``, ``fetch`` and ``tidy`` are collective.
+        keepers: for each rank the one that keeps its file system (``file_systems.keepers``); None: rank 0, for all.
         keep: what stays when a new checkpoint stands.
         stage: called with the name of each stage of a write before it is entered: the place where tests die.
     """
@@ -106,11 +113,13 @@ class CheckpointStore:
         folder: Path,
         ranks: Ranks = ALONE,
         *,
+        keepers: tuple[int, ...] | None = None,
         keep: Retention | None = None,
         stage: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.folder = folder
         self.ranks = ranks
+        self.keepers = keepers or (0,) * ranks.world
         self.keep = keep or Retention()
         self._stage = stage
 
@@ -138,15 +147,16 @@ class CheckpointStore:
             RunFolderError: it could not be written; on every rank, whichever of them failed. The checkpoints before
                 it stay.
         """
-        name = self._agreed(lambda: self._begin(step))
+        name = self._name(step)
+        self._on_keepers(lambda: self._begin(name))
         partial = self.folder / (name + _PARTIAL)
         written: dict[str, Any] = {}
         problem: _Problem | None = None
         try:
             if not partial.is_dir():
                 raise RunFolderError(
-                    f"{partial}: expected the folder that rank 0 made, got nothing: out must be on a file system that "
-                    "all nodes share"
+                    f"{partial}: expected the folder that rank {self.keepers[self.ranks.rank]} made, got nothing: is "
+                    "out still on the same file system?"
                 )
             for part, encoded in parts.items():
                 for ending, content in (("safetensors", tensor_bytes), ("json", document_bytes)):
@@ -161,7 +171,7 @@ class CheckpointStore:
         found = self.ranks.gather((written, problem))
         failed = next((theirs for _, theirs in found if theirs is not None), None)
         if failed is not None:
-            if self.ranks.rank == 0:
+            if self._is_keeper:
                 shutil.rmtree(partial, ignore_errors=True)
             self._give_up(failed)
         ref = CheckpointRef(self.folder / name, step, reason, score, _place(name)[1])
@@ -174,21 +184,39 @@ class CheckpointStore:
             "facts": dict(facts or {}),
             "files": {file: described for files, _ in found for file, described in files.items()},
         }
-        self._agreed(lambda: self._commit(ref, manifest))
+        self._on_keepers(lambda: self._commit(ref, manifest))
+        self._on_keepers(lambda: self._point_at(ref))  # only now: it stands everywhere
+        self._delete_old()
+        self._stage("done")
         return ref
 
-    def _begin(self, step: int) -> str:
-        """Makes the empty folder of a new checkpoint; returns the checkpoint's name."""
-        self._stage("make the folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        places = [_place(entry.name) for entry in self.folder.iterdir()]
-        taken = {serial for of_step, serial in places if of_step == step}
+    @property
+    def _is_keeper(self) -> bool:
+        return self.keepers[self.ranks.rank] == self.ranks.rank
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether all ranks see one folder."""
+        return len(set(self.keepers)) == 1
+
+    def _name(self, step: int) -> str:
+        """A name that is free on every file system."""
+
+        def serials() -> list[int]:
+            self._stage("make the folder")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            places = [_place(entry.name) for entry in self.folder.iterdir()]
+            return [serial for of_step, serial in places if of_step == step]
+
+        taken = [serial for found in self._on_keepers(serials) for serial in found or []]
         serial = max(taken, default=-1) + 1
-        name = f"step-{step}" + (f"-{serial}" if serial else "")
+        return f"step-{step}" + (f"-{serial}" if serial else "")
+
+    def _begin(self, name: str) -> None:
+        """Makes the empty folder of a new checkpoint."""
         partial = self.folder / (name + _PARTIAL)
         shutil.rmtree(partial, ignore_errors=True)  # left by a process that died while writing
         partial.mkdir()
-        return name
 
     def _commit(self, ref: CheckpointRef, manifest: dict[str, Any]) -> None:
         partial = ref.folder.with_name(ref.folder.name + _PARTIAL)
@@ -205,13 +233,9 @@ class CheckpointStore:
             raise
         self._stage("sync the parent")
         sync(self.folder)
-        self._stage("replace the pointer")
-        self._point_at(ref)
-        self._stage("delete old checkpoints")
-        self._delete_old()
-        self._stage("done")
 
     def _point_at(self, ref: CheckpointRef) -> None:
+        self._stage("replace the pointer")
         fresh = self.folder / f".{POINTER}"
         fresh.unlink(missing_ok=True)
         write_durably(fresh, [f"{ref.folder.name}\n".encode()])
@@ -219,10 +243,20 @@ class CheckpointStore:
         sync(self.folder)
 
     def _delete_old(self) -> None:
+        # where nothing of what would stay can be read back, what is older may be the last good one
+        if not all(found is not False for found in self._on_keepers(self._may_delete)):
+            return
+        self._on_keepers(self._delete)
+
+    def _may_delete(self) -> bool:
+        self._stage("delete old checkpoints")
         refs = self.refs()
         kept = self.keep.kept(refs)
-        if len(kept) == len(refs) or not any(self._damage(refs[i].folder) is None for i in sorted(kept)):
-            return  # nothing of what would stay can be read back: what is older may be the last good one
+        return len(kept) == len(refs) or any(self._damage(refs[i].folder) is None for i in sorted(kept))
+
+    def _delete(self) -> None:
+        refs = self.refs()
+        kept = self.keep.kept(refs)
         for i, ref in enumerate(refs):
             if i not in kept:
                 # under a name that does not count, and that is tidied up where this process dies
@@ -231,19 +265,20 @@ class CheckpointStore:
                 self._stage("remove")
                 shutil.rmtree(leaving, ignore_errors=True)
 
-    def _agreed(self, work: Callable[[], _T]) -> _T:
-        """Rank 0 does the work; all ranks have its result, or raise its error."""
-        result: Any = None
+    def _on_keepers(self, work: Callable[[], _T]) -> list[_T | None]:
+        """Every keeper does the work; all ranks have what it came to, by rank, or raise the first one's error."""
+        result: _T | None = None
         problem: _Problem | None = None
-        if self.ranks.rank == 0:
+        if self._is_keeper:
             try:
                 result = work()
             except OSError as err:
                 problem = _problem(err)
-        result, problem = self.ranks.broadcast((result, problem))
-        if problem is not None:
-            self._give_up(problem)
-        return result
+        told = self.ranks.gather((result, problem))
+        failed = next((theirs for _, theirs in told if theirs is not None), None)
+        if failed is not None:
+            self._give_up(failed)
+        return [theirs for theirs, _ in told]
 
     def _give_up(self, problem: _Problem) -> NoReturn:
         number, text = problem
@@ -265,20 +300,73 @@ class CheckpointStore:
         return sorted(found, key=lambda ref: ref.place, reverse=True)
 
     def newest(self) -> Found:
-        """The newest checkpoint all of whose files are what was written; reads every byte of it."""
+        """The newest checkpoint all of whose files are what was written; reads every byte of it, where it lies."""
         notes: list[str] = []
         damaged: list[Path] = []
-        for folder in sorted(self._folders(), key=lambda folder: _place(folder.name), reverse=True):
-            problem = self._damage(folder)
+        names = {
+            name
+            for found in self._on_keepers(lambda: [folder.name for folder in self._folders()])
+            for name in found or []
+        }
+        for name in sorted(names, key=_place, reverse=True):
+            folder = self.folder / name
+            looked = [found for found in self._on_keepers(partial(self._look, folder)) if found is not None]
+            problem = _not_whole(looked)
             if problem is not None:
-                notes.append(f"{folder.name} cannot be used: {problem}")
+                notes.append(f"{name} cannot be used: {problem}")
                 damaged.append(folder)
                 continue
-            ref = _ref(folder, _manifest(folder))
+            ref = _ref(folder, next(found.manifest for found in looked if found.manifest is not None))
             if notes:
-                notes.append(f"continuing from {folder.name}, the newest checkpoint that is whole")
+                notes.append(f"continuing from {name}, the newest checkpoint that is whole")
             return Found(ref, notes, damaged)
         return Found(None, notes, damaged)
+
+    def _look(self, folder: Path) -> _Look:
+        """What this file system has of a checkpoint."""
+        if not self._is_shared and not folder.is_dir():
+            return _Look(None, frozenset(), None)
+        try:
+            manifest = _manifest(folder)
+        except RunFolderError as err:
+            return _Look(None, frozenset(), str(err))
+        files = manifest["files"]
+        there = frozenset(name for name in files if self._is_shared or (folder / name).is_file())
+        problem = next((found for name in there if (found := damage(folder / name, files[name]))), None)
+        return _Look(manifest, there, problem)
+
+    def fetch(self, ref: CheckpointRef, parts: Sequence[str] | None = None) -> None:
+        """Brings what this rank will read, and its file system lacks, from wherever it lies.
+
+        Args:
+            ref: of ``newest``.
+            parts: those that this rank reads; None: all.
+
+        Raises:
+            RunFolderError: it cannot be brought.
+        """
+        if self._is_shared:
+            return
+        mine = ref.folder / MANIFEST
+        raw = next(text for text in self.ranks.gather(mine.read_bytes() if mine.is_file() else None) if text)
+        if self._is_keeper and not mine.is_file():
+            ref.folder.mkdir(parents=True, exist_ok=True)
+            write_durably(mine, [raw])
+        self.ranks.barrier()
+        files = _manifest(ref.folder)["files"]
+        wanted = [name for name in files if parts is None or name.rpartition(".")[0] in parts]
+        there = [name for name in files if (ref.folder / name).is_file()]
+        told = self.ranks.gather((wanted, there))
+        for name in files:
+            lacking = {
+                self.keepers[rank]
+                for rank, (want, have) in enumerate(told)
+                if name in want and name not in have
+            }
+            if lacking:
+                source = next(rank for rank, (_, have) in enumerate(told) if name in have)
+                here = self.ranks.rank in lacking
+                send_file(ref.folder / name, files[name]["size"], self.ranks, source=source, here=here)
 
     def facts(self, ref: CheckpointRef) -> dict[str, Any]:
         """What ``write`` was given as ``facts``, and ``world``.
@@ -311,10 +399,15 @@ class CheckpointStore:
         Args:
             damaged: of ``newest``; they become ``NAME.damaged``, so that their names are free and a person can look.
         """
+        self._on_keepers(lambda: self._tidy(damaged))
+
+    def _tidy(self, damaged: list[Path]) -> None:
         for entry in list(self.folder.iterdir()) if self.folder.is_dir() else []:
             if entry.name.endswith(_PARTIAL) and _NAME.fullmatch(entry.name.removesuffix(_PARTIAL)):
                 shutil.rmtree(entry, ignore_errors=True)
         for folder in damaged:
+            if not folder.is_dir():  # it is on another file system
+                continue
             aside = folder.with_name(folder.name + _DAMAGED)
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
@@ -329,12 +422,36 @@ class CheckpointStore:
             files = _manifest(folder)["files"]
         except RunFolderError as err:
             return str(err)
-        return next((found for name in files if (found := damage(folder / name, files[name]))), None)
+        there = [name for name in files if self._is_shared or (folder / name).is_file()]
+        return next((found for name in there if (found := damage(folder / name, files[name]))), None)
 
 
-def checkpoints_of(run: Path) -> CheckpointStore:
-    """The checkpoints of a run folder, for reading."""
-    return CheckpointStore(run / FOLDER)
+def checkpoints_of(run: Path, ranks: Ranks = ALONE) -> CheckpointStore:
+    """The checkpoints of a run folder, for reading; with several ranks, all of them call this."""
+    return CheckpointStore(run / FOLDER, ranks, keepers=keepers(run, ranks))
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What one file system has of a checkpoint: its manifest, the files that are there, what is wrong with them."""
+
+    manifest: dict[str, Any] | None
+    there: frozenset[str]
+    problem: str | None
+
+
+def _not_whole(looked: list[_Look]) -> str | None:
+    """Why what all file systems have of a checkpoint is not the whole of it."""
+    problem = next((look.problem for look in looked if look.problem is not None), None)
+    if problem is not None:
+        return problem
+    manifests = [look.manifest for look in looked if look.manifest is not None]
+    if any(manifest != manifests[0] for manifest in manifests):
+        return "the file systems of the ranks have different checkpoints of this name"
+    missing = sorted(set(manifests[0]["files"]) - frozenset().union(*(look.there for look in looked)))
+    if missing:
+        return f"{', '.join(missing)}: on the file system of no rank"
+    return None
 
 
 def _place(name: str) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from mooring.distributed import ALONE, Ranks
 from mooring.errors import RunFolderError
 from mooring.report.run_folder import is_run
 from mooring.state.background import Background
+from mooring.state.file_systems import keepers
 from mooring.state.retention import Retention
 from mooring.state.rng import capture_rng, restore_rng
 from mooring.state.snapshot import HostMemory
@@ -170,8 +171,9 @@ class Checkpoints:
 def open_checkpoints(run: Path, settings: CheckpointSettings, ranks: Ranks = ALONE) -> Checkpoints:
     """The checkpoints of a run folder, for writing."""
     keep = Retention(settings.keep_last, settings.keep_best, settings.keep_every)
+    keeping = keepers(run, ranks)
     # a group of its own: the thread that writes must not get in the way of the training's exchanges
-    return Checkpoints(CheckpointStore(run / FOLDER, ranks.apart(), keep=keep), settings)
+    return Checkpoints(CheckpointStore(run / FOLDER, ranks.apart(), keepers=keeping, keep=keep), settings)
 
 
 # ---------------------------------------------------------------- continuing
@@ -209,9 +211,13 @@ def resume(engine: Engine, ref: CheckpointRef, *, allow_inexact: bool = False) -
     Raises:
         RunFolderError: the checkpoint is damaged, does not fit, or the run would not be the same.
     """
-    store = CheckpointStore(ref.folder.parent)
+    ranks, folder = engine.ranks, ref.folder.parent
+    store = CheckpointStore(folder, ranks, keepers=keepers(folder, ranks))
+    store.fetch(ref, (SHARED, own_part(ranks.rank)))
     found = compared(engine, store, ref)
     breaking = [difference for difference in found if difference.breaks]
+    if ranks.any(bool(breaking)):  # what is divided otherwise is read from the parts of all
+        store.fetch(ref)
     if breaking and not allow_inexact:
         raise RunFolderError(
             "the run would not continue bit for bit; these differ:\n  "

@@ -552,8 +552,8 @@ def _continue(engine: Engine, run: Path) -> tuple[list[str], list[str]]:
     Returns:
         what people should know, and why the run is not bit for bit the one that was started.
     """
-    store = checkpoints_of(run)
-    found = engine.ranks.on_first(store.newest)  # reads every byte
+    store = checkpoints_of(run, engine.ranks)
+    found = store.newest()  # reads every byte
     found.require_whole()
     notes = list(found.notes)
     inexact: list[str] = []
@@ -562,7 +562,7 @@ def _continue(engine: Engine, run: Path) -> tuple[list[str], list[str]]:
     else:
         inexact = [str(difference) for difference in engine.resume(found.ref) if difference.breaks]
         notes += [f"not bit for bit the run that was started: {difference}" for difference in inexact]
-    engine.ranks.on_first(partial(store.tidy, found.damaged))
+    store.tidy(found.damaged)
     notes += engine.ranks.on_first(lambda: cut_log(run, engine.loop.get("log", {})))
     return notes, inexact
 
