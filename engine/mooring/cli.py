@@ -615,6 +615,11 @@ def launch(
         env=env or [],
         sbatch=sbatch or [],
     )
+    if request.rendezvous.min_nodes is not None and not config.allow_inexact:
+        raise ConfigError(
+            f"--nodes {nodes}: with fewer nodes the run cannot go on bit for bit, and would be refused then: add "
+            "allow_inexact=true, which records it, or give one number"
+        )
     if slurm:
         from mooring.launch.slurm import submit, write_script
 

@@ -307,7 +307,7 @@ def test_a_rank_that_is_stopped_is_named(tmp_path: Path) -> None:
     assert error.value.exit_code == HUNG
     text = str(error.value)
     assert "localhost (rank 0): rank 7 (process" in text
-    assert "last in 'backward' of step 12: it is stopped by a signal (SIGSTOP)" in text
+    assert "last in 'backward' of step 11: it is stopped by a signal (SIGSTOP)" in text
 
 
 def test_the_cause_is_told_before_what_it_brought_about(tmp_path: Path) -> None:

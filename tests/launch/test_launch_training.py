@@ -146,7 +146,7 @@ try:
 except LaunchError as err:
     sys.exit(f"LAUNCH ERROR {err}")
 """
-LONG = ["train.epochs=12", "backend.name=ddp", "method.bank_scope=private", "health.hang_after=10"]
+LONG = ["train.epochs=12", "backend.name=ddp", "method.bank_scope=private", "health.hang_after=20"]
 
 
 @pytest.fixture(scope="module")

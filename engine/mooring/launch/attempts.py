@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mooring.exit_codes import would_come_again
+from mooring.exit_codes import LOST, would_come_again
+from mooring.launch.plan import Command, LaunchPlan
 from mooring.launch.request import LaunchRequest
 from mooring.launch.supervisor import LaunchError, Limits, Remote, TakenDownError, relay, run_plan
 
+_BETWEEN_LOOKS = 2.0  # seconds
 # Of the environment: what a bare login on another machine needs to find the same modules.
 _FOR_PYTHON = ("PYTHONPATH", "LD_LIBRARY_PATH")
 
@@ -61,5 +64,36 @@ def run_with_restarts(
                 err.args = (f"{err}\n{kept}",)
                 raise
             attempt += 1
+            if err.exit_code == LOST:
+                _wait_for_the_hosts(request, limits or Limits(), cwd)
             warn(f"{err}\nstarting again from the newest checkpoint, restart {attempt} of {request.restarts}")
             request = request.again()
+
+
+def _wait_for_the_hosts(request: LaunchRequest, limits: Limits, cwd: Path) -> None:
+    """Until every host answers again, or for as long as is allowed; a machine that lost its power takes minutes.
+
+    Raises:
+        KeyboardInterrupt, TakenDownError: it was told to end.
+    """
+    commands = tuple(
+        Command(host, range(place, place + 1), (request.program.python, "-c", "pass"))
+        for place, host in enumerate(request.hosts)
+    )
+    deadline = time.monotonic() + limits.absent
+    while request.is_remote:
+        try:
+            run_plan(
+                LaunchPlan("a sign of life", commands, len(commands)),
+                remote=remote_of(request),
+                limits=limits,
+                cwd=str(cwd),
+                output=lambda *said: None,
+            )
+            return
+        except TakenDownError:
+            raise
+        except LaunchError:
+            if time.monotonic() > deadline:
+                return  # the start itself tells what is missing
+            time.sleep(_BETWEEN_LOOKS)

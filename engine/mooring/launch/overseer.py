@@ -60,7 +60,7 @@ class Overseer:
                 return Verdict(
                     HUNG,
                     f"rank {sign.rank} (process {sign.process}) has not been heard for {silent:.0f} s, last in "
-                    f"'{sign.phase}' of step {sign.step + 1}: {state}",
+                    f"'{sign.phase}' of step {sign.step}: {state}",
                 )
         return None
 

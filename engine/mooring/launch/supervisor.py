@@ -44,6 +44,7 @@ class Limits:
         silence: after which a machine ends its part by itself, and after which we give a machine up.
         settle: how long the other machines may go on after one has failed: their own errors say more.
         grace: between SIGTERM and SIGKILL.
+        absent: for a lost machine to answer again, before the job is started again on it.
     """
 
     connect: float = 30.0
@@ -51,6 +52,7 @@ class Limits:
     silence: float = 60.0
     settle: float = 30.0
     grace: float = 30.0
+    absent: float = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,11 +376,11 @@ def describe(part: Part) -> str:
 
 
 def _rank(part: Part, told: Mapping[str, Any]) -> str:
-    """``rank 1 on node1: 'backward' of step 12, 301 s without a move; exit code 74: ...``."""
+    """``rank 1 on node1: in 'backward' of step 12, 301 s without a move; exit code 74: ...``."""
     text = f"rank {told['rank']} on {part.command.host.name}:"
     if "phase" in told:
         still = told["quiet"] + told["silent"]
-        text += f" in '{told['phase']}' of step {told['step'] + 1}, {still:.0f} s without a move"
+        text += f" in '{told['phase']}' of step {told['step']}, {still:.0f} s without a move"
         text += f" ({told['state']})" if told["silent"] > 15 and told["state"] else ""
     if "code" in told:
         text += f"; exit code {told['code']}"

@@ -131,7 +131,7 @@ class Fit:
             phase = engine.health.phase
             raise RanksLostError(
                 f"rank {self.ranks.rank} of {self.ranks.world} lost another one in '{phase.name}' of step "
-                f"{engine.global_step + 1} ({str(err).splitlines()[0][:200]}): what ended that one is told where it "
+                f"{phase.step} ({str(err).splitlines()[0][:200]}): what ended that one is told where it "
                 f"ran; continue with resume={self.folder.path}"
             ) from err
         finally:
