@@ -64,7 +64,10 @@ def test_without_slurm_the_script_is_kept(monkeypatch: pytest.MonkeyPatch) -> No
         (["launch", "--pdsh", "data=photos"], "--pdsh: needs --hostfile"),
         (["launch", "--rendezvous", "etcd", "data=photos"], "expected static or c10d, got etcd"),
         (["launch", "--slurm", "data=photos"], "--nodes: got nothing"),
-        (["launch", "--slurm", "--nodes", "1:2", "--rendezvous", "c10d", "data=photos"], "allow_inexact=true"),
+        (
+            ["launch", "--slurm", "--nodes", "1:2", "--rendezvous", "c10d", "data=photos"],
+            "allow_inexact=true",
+        ),
         (["launch", "train.epoch=3", "data=photos"], "the nearest is train.epochs"),
         (["launch", "--epochs", "3", "data=photos"], "write train.epochs=3"),
         (["preflight", "data=photos", "--env", "x"], "expected NAME=VALUE"),

@@ -212,6 +212,15 @@ def test_the_batch_script_runs_its_words_unchanged(tmp_path: Path) -> None:
         ["bash"], input=text, capture_output=True, text=True, check=True, cwd=tmp_path,
         env={"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "node[0-1]"},
     )  # fmt: skip
-    words = json.loads(done.stdout)
+    checked, words = map(json.loads, done.stdout.splitlines())
+    assert checked == [
+        "-m",
+        "mooring.cli",
+        "preflight",
+        "--slurm",
+        "--processes=3",
+        "--master-port=29500",
+        *TRICKY,
+    ]
     assert {"--nnodes=2", "--nproc-per-node=3", "--node-rank=1", "--master-addr=node0"} <= set(words)
     assert words[words.index("mooring.cli") :] == ["mooring.cli", "train", *TRICKY, "resume=auto"]
