@@ -161,6 +161,7 @@ FROZEN: dict[str, Any] = {
     "backend.zero_stage": 1,
     "backend.offload_optimizer": False,
     "backend.offload_parameters": False,
+    "backend.sharded_loading": "auto",
     "backend.deepspeed_config": None,
     "backend.activation_checkpointing": False,
     "backend.timeout_minutes": 30.0,

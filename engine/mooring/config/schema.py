@@ -257,6 +257,11 @@ class BackendSettings(Settings):
     offload_parameters: bool = Field(
         default=False, description="deepspeed, zero_stage=3: parameters in host memory until they are needed"
     )
+    sharded_loading: bool | Literal["auto"] = Field(
+        default="auto",
+        description="deepspeed, zero_stage=3: read pretrained parameters one by one, each process keeping its part; "
+        "auto: where they take more than a quarter of the device's memory, and method and weights allow it",
+    )
     deepspeed_config: Path | None = Field(
         default=None,
         strict=False,

@@ -36,6 +36,8 @@ class Needs:
     text_features: bool = False  # Resources.text_features
     source_head: bool = False  # Resources.source_head: the classifier of the pretrained weights
     source_stream: bool = False  # Batch.source: images of the task the weights were trained for
+    # the encoder may come in parts, after the set-up: the method neither copies, reads nor runs it before
+    encoder_in_parts: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mooring.collectives import all_rows, gather_rows
 from mooring.config.baseline_settings import BSSSettings
-from mooring.methods.base import At, Method
+from mooring.methods.base import At, Method, Needs
 from mooring.methods.forward import Forward
 
 
@@ -30,6 +30,7 @@ class BSS(Method):
 
     Config: ClassVar[type[BaseModel]] = BSSSettings
     name: ClassVar[str] = "bss"
+    needs: ClassVar[Needs] = Needs(encoder_in_parts=True)
     settings: BSSSettings
 
     def additions(self, run: Forward, at: At) -> dict[str, Tensor]:

@@ -235,4 +235,5 @@ def merged_needs(needs: Sequence[Needs]) -> Needs:
         text_features=any(n.text_features for n in needs),
         source_head=any(n.source_head for n in needs),
         source_stream=any(n.source_stream for n in needs),
+        encoder_in_parts=all(n.encoder_in_parts for n in needs),
     )

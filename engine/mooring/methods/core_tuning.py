@@ -43,7 +43,7 @@ class CoreTuning(Method):
 
     Config: ClassVar[type[BaseModel]] = CoreTuningSettings
     name: ClassVar[str] = "core_tuning"
-    needs: ClassVar[Needs] = Needs(mixing=False)
+    needs: ClassVar[Needs] = Needs(mixing=False, encoder_in_parts=True)
     settings: CoreTuningSettings
 
     def __init__(self, encoder: nn.Module, head: nn.Linear, settings: BaseModel, **options: Any) -> None:

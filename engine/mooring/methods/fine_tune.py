@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import BaseModel
 
 from mooring.config.method_settings import FineTuneSettings
-from mooring.methods.base import Method
+from mooring.methods.base import Method, Needs
 
 
 class FineTune(Method):
@@ -15,3 +15,4 @@ class FineTune(Method):
 
     Config: ClassVar[type[BaseModel]] = FineTuneSettings
     name: ClassVar[str] = "fine_tune"
+    needs: ClassVar[Needs] = Needs(encoder_in_parts=True)

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from mooring.config.method_settings import LPFTSettings
 from mooring.data.batch import Batch
-from mooring.methods.base import At, Method, StepOutput
+from mooring.methods.base import At, Method, Needs, StepOutput
 from mooring.methods.classification import batch_cross_entropy, batch_metrics
 from mooring.methods.forward import Forward
 
@@ -27,6 +27,7 @@ class LPFT(Method):
 
     Config: ClassVar[type[BaseModel]] = LPFTSettings
     name: ClassVar[str] = "lp_ft"
+    needs: ClassVar[Needs] = Needs(encoder_in_parts=True)
     settings: LPFTSettings
 
     def _first_tuning_step(self, at: At) -> int:

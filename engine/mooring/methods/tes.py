@@ -35,7 +35,7 @@ class TeS(Method):
 
     Config: ClassVar[type[BaseModel]] = TeSSettings
     name: ClassVar[str] = "tes"
-    needs: ClassVar[Needs] = Needs(text_features=True)
+    needs: ClassVar[Needs] = Needs(text_features=True, encoder_in_parts=True)
     settings: TeSSettings
 
     def __init__(self, encoder: nn.Module, head: nn.Linear, settings: BaseModel, **options: Any) -> None:

@@ -6,7 +6,7 @@ import difflib
 import logging
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 import mooring.models.cifar_resnet  # noqa: F401  registers what timm lacks
 from mooring.config.schema import RunConfig
 from mooring.errors import ConfigError, WeightsError
+from mooring.models.deferred import DeferredWeights, kept_in_half, parameters_on_meta
 from mooring.models.reachable import require_reachable
 from mooring.models.torchvision_shim import import_timm
-from mooring.models.weights import cached_weights, load_into, read_state_dict
+from mooring.models.weights import StateDict, cached_weights, fitted, load_into, read_state_dict
 from mooring.parsing import parse_json
 
 timm = import_timm()
@@ -42,9 +43,25 @@ class Encoder(nn.Module):
         pretrained_cfg: timm's description of the architecture's weights and input.
         model_args: the keyword arguments that rebuild the architecture (``img_size``, ...).
         fixed_input_size: whether the model takes images of ``input_size`` only.
+        deferred: the values of its parameters, where they are not loaded yet; None otherwise.
+
+    Args:
+        model, name, model_args: as the attributes.
+        image_size: of the training images, in pixels; None: the model's own.
+        feature_dim: None: measured by one forward.
+        deferred: as the attribute.
     """
 
-    def __init__(self, model: Any, name: str, model_args: dict[str, Any], image_size: int | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        name: str,
+        model_args: dict[str, Any],
+        image_size: int | None,
+        *,
+        feature_dim: int | None = None,
+        deferred: DeferredWeights | None = None,
+    ) -> None:
         super().__init__()
         self.model: nn.Module = model
         self.name = name
@@ -57,7 +74,14 @@ class Encoder(nn.Module):
         if image_size is not None and self.fixed_input_size:
             self.data_config["input_size"] = (3, image_size, image_size)
         channels, height, width = self.data_config["input_size"]
-        self.feature_dim = self._measured_width((channels, image_size or height, image_size or width))
+        size = channels, image_size or height, image_size or width
+        self.feature_dim = self._measured_width(size) if feature_dim is None else feature_dim
+        self.deferred = deferred
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Encoder:
+        # what has no storage yet cannot be moved: it is loaded onto the device
+        super()._apply(lambda tensor: tensor if tensor.is_meta else fn(tensor), recurse)
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """Pooled features [B, D] of normalised images [B, 3, H, W], as they enter timm's classifier."""
@@ -85,7 +109,7 @@ class Encoder(nn.Module):
         return int(features.shape[1])
 
 
-def encoder_of(config: RunConfig, *, weights: str | Path | None = None) -> Encoder:
+def encoder_of(config: RunConfig, *, weights: str | Path | None = None, deferred: bool = False) -> Encoder:
     """``build_encoder`` as a run's settings say; ``weights``: others than the run's."""
     model = config.model
     return build_encoder(
@@ -94,6 +118,7 @@ def encoder_of(config: RunConfig, *, weights: str | Path | None = None) -> Encod
         drop_rate=model.drop_rate,
         drop_path_rate=model.drop_path_rate,
         image_size=config.train.image_size,
+        deferred=deferred,
     )
 
 
@@ -105,6 +130,7 @@ def build_encoder(
     drop_path_rate: float = 0.0,
     image_size: int | None = None,
     cache_dir: str | Path | None = None,
+    deferred: bool = False,
 ) -> Encoder:
     """Builds a timm model without classifier and loads its pretrained weights.
 
@@ -118,6 +144,8 @@ def build_encoder(
         image_size: height = width in pixels of the training images; None: the model's own. Models of a
             fixed size (ViT, Swin) are built for it; for the others it is only tried out.
         cache_dir: Mooring's cache; None: ``$MOORING_CACHE`` or ``~/.cache/mooring``.
+        deferred: names and shapes are checked, buffers are loaded, and parameters stay in their file, which
+            ``models.deferred.materialise`` reads one by one. For a ``.safetensors`` file.
 
     Raises:
         ConfigError: unknown model, or an option it does not have.
@@ -139,19 +167,53 @@ def build_encoder(
             return set(create(num_classes=2).state_dict()) - set(create().state_dict())
 
     file = weights_file(name, weights, cache_dir)
+    assert not deferred or file is not None  # who asks for it has looked
     try:
-        model = create()
+        with parameters_on_meta() if deferred else nullcontext():
+            model = create()
     except TypeError as err:
         raise ConfigError(
             f"{architecture} does not take one of {sorted({**model_args, **options})} ({err})"
         ) from err
     except (RuntimeError, ValueError, AssertionError) as err:
         raise ConfigError(f"timm cannot build {name} with {model_args | options}: {err}") from err
+    if deferred and file is not None:
+        state = fitted(
+            model,
+            read_state_dict(file, mapped=True, keep_half=kept_in_half),
+            source=str(file),
+            classifier_keys=classifier_keys,
+        )
+        left = [key for key, buffer in model.named_buffers() if buffer.is_meta and key not in state]
+        if left:
+            raise ConfigError(
+                f"{architecture} cannot be loaded parameter by parameter: it computes {', '.join(left)} from "
+                "parameters; set backend.sharded_loading=false"
+            )
+        return _deferred(model, state, create, name, model_args, image_size)
     if file is not None:
         load_into(model, read_state_dict(file), source=str(file), classifier_keys=classifier_keys)
     elif str(weights) == "auto":
         model = from_timm(name, create, cached_weights(name, cache_dir))
     return Encoder(model, name, model_args, image_size)
+
+
+@torch.no_grad()
+def _deferred(
+    model: nn.Module,
+    state: StateDict,
+    create: Callable[[], nn.Module],
+    name: str,
+    model_args: dict[str, Any],
+    image_size: int | None,
+) -> Encoder:
+    for key, buffer in model.named_buffers():
+        if key in state:
+            buffer.copy_(state.pop(key))
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):  # its width, by a forward without numbers
+        shapes = Encoder(create(), name, model_args, image_size)
+    deferred = DeferredWeights(state)
+    return Encoder(model, name, model_args, image_size, feature_dim=shapes.feature_dim, deferred=deferred)
 
 
 def described(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,17 +92,40 @@ def assemble(encoder: Encoder, head: nn.Linear) -> nn.Module:
             encoder.architecture, pretrained=False, num_classes=head.out_features, **encoder.model_args
         )
     result = full.load_state_dict(encoder.model.state_dict(), strict=False)
-    if result.unexpected_keys:
-        raise WeightsError(
-            f"{encoder.architecture} cannot be exported: timm's architecture does not have the encoder's "
-            f"{', '.join(result.unexpected_keys)}"
-        )
-    classifiers = full.get_classifier()
-    for classifier in classifiers if isinstance(classifiers, tuple | list) else (classifiers,):
-        _set_classifier(encoder.architecture, classifier, head)
+    _check_names(encoder, result.unexpected_keys)
+    _set_classifiers(encoder, full, head)
     full.to(head.weight.device).eval()
     _verify_logits(encoder, head, full)
     return full
+
+
+def check_assembly(encoder: Encoder, head: nn.Linear) -> None:
+    """What ``assemble`` can tell without the encoder's weights: names of parameters and the classifier's place.
+
+    Raises:
+        WeightsError: the assembled model does not have the encoder's parameters, or no place for the head.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        full: Any = timm.create_model(
+            encoder.architecture, pretrained=False, num_classes=head.out_features, **encoder.model_args
+        )
+        placeholder = nn.Linear(head.in_features, head.out_features)
+    _check_names(encoder, set(encoder.model.state_dict()) - set(full.state_dict()))
+    _set_classifiers(encoder, full, placeholder)
+
+
+def _check_names(encoder: Encoder, unexpected: Iterable[str]) -> None:
+    if names := sorted(unexpected):
+        raise WeightsError(
+            f"{encoder.architecture} cannot be exported: timm's architecture does not have the encoder's "
+            f"{', '.join(names)}"
+        )
+
+
+def _set_classifiers(encoder: Encoder, full: Any, head: nn.Linear) -> None:
+    classifiers = full.get_classifier()
+    for classifier in classifiers if isinstance(classifiers, tuple | list) else (classifiers,):
+        _set_classifier(encoder.architecture, classifier, head)
 
 
 @torch.no_grad()
@@ -117,7 +140,7 @@ def _set_classifier(architecture: str, classifier: nn.Module, head: nn.Linear) -
     weight.copy_(head.weight.reshape(weight.shape))  # a classifier may be a 1x1 convolution
     if isinstance(bias, Tensor):
         bias.copy_(head.bias) if head.bias is not None else bias.zero_()
-    elif head.bias is not None and bool((head.bias != 0).any()):
+    elif head.bias is not None and (head.bias.is_meta or bool((head.bias != 0).any())):
         raise WeightsError(
             f"{architecture} cannot be exported: its classifier has no bias, the trained head has one"
         )

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mooring.errors import WeightsError
+from mooring.models.mapped_file import map_safetensors
 
 StateDict = dict[str, Tensor]
 
@@ -61,7 +62,13 @@ def write_weights_cache(
     return path
 
 
-def read_state_dict(path: str | Path, *, prefer_ema: bool = False) -> StateDict:
+def read_state_dict(
+    path: str | Path,
+    *,
+    prefer_ema: bool = False,
+    mapped: bool = False,
+    keep_half: Callable[[Tensor], bool] = lambda _: False,
+) -> StateDict:
     """Reads a weights file without running code from it.
 
     Common nestings (``state_dict``, ``model``, ...) are opened and half-precision tensors become fp32.
@@ -69,6 +76,8 @@ def read_state_dict(path: str | Path, *, prefer_ema: bool = False) -> StateDict:
     Args:
         path: a ``.safetensors`` file, or ``.pth``, ``.pt``, ``.bin`` (read with ``weights_only=True``).
         prefer_ema: take the averaged weights where the file holds both.
+        mapped: of a safetensors file, tensors are mapped into memory: read when they are used, and no copy.
+        keep_half: which tensors stay in the precision of the file.
 
     Raises:
         WeightsError: no such file, an unknown or broken format, a pickle with other things than
@@ -81,7 +90,7 @@ def read_state_dict(path: str | Path, *, prefer_ema: bool = False) -> StateDict:
             f"weights must be a file; got {path}, which is {kind}: give a .safetensors or .pth file"
         )
     if path.suffix in _SAFETENSORS:
-        content: Any = _read_safetensors(path)
+        content: Any = _read_safetensors(path, mapped)
     elif path.suffix in _PICKLES:
         content = _read_pickle(path)
     else:
@@ -102,12 +111,12 @@ def read_state_dict(path: str | Path, *, prefer_ema: bool = False) -> StateDict:
         raise WeightsError(
             f"{path} is not a state dict: expected only tensors, got {shown}: save model.state_dict() alone"
         )
-    return {key: _single_precision(value) for key, value in content.items()}
+    return {key: value if keep_half(value) else _single_precision(value) for key, value in content.items()}
 
 
-def _read_safetensors(path: Path) -> StateDict:
+def _read_safetensors(path: Path, mapped: bool) -> StateDict:
     try:
-        return load_file(path)
+        return map_safetensors(path) if mapped else load_file(path)
     except (SafetensorError, OSError, ValueError) as err:
         raise WeightsError(
             f"{path} is not a readable safetensors file ({err}): copy or download it again"
@@ -178,8 +187,27 @@ def load_into(
 ) -> None:
     """Loads weights into a timm model built without classifier: all of them, or none.
 
+    Args:
+        model, state, source, classifier_keys: as for ``fitted``.
+
+    Raises:
+        WeightsError: keys or shapes do not fit; the message lists every one. The model is unchanged.
+    """
+    model.load_state_dict(fitted(model, state, source=source, classifier_keys=classifier_keys), strict=True)
+
+
+def fitted(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    source: str,
+    classifier_keys: Callable[[], set[str]] = set,
+) -> StateDict:
+    """The model's state dict with the values that these weights have.
+
     Wrapper prefixes (``module.`` ...) are dropped, timm's own conversion for the family runs (foreign key
-    names, position embeddings resampled to the model's grid), and classifier entries are left out.
+    names, position embeddings resampled to the model's grid), and classifier entries are left out. Of the model
+    only names and shapes are read.
 
     Args:
         model: a timm model with ``num_classes=0``.
@@ -189,33 +217,33 @@ def load_into(
             only where names are left over.
 
     Raises:
-        WeightsError: keys or shapes do not fit; the message lists every one. The model is unchanged.
+        WeightsError: keys or shapes do not fit; the message lists every one.
     """
     own = model.state_dict()
-    fitted = _without_prefix(dict(state), own)
+    found = _without_prefix(dict(state), own)
     failure = ""
     try:
-        fitted = _converted(fitted, model)
+        found = _converted(found, model)
     except Exception as err:  # a conversion for another family may fail in any way; the lists below tell more
         failure = f" (timm's conversion failed: {type(err).__name__}: {_first_line(err)})"
     heads = _classifier_names(model)
-    fitted = {
+    found = {
         key: value
-        for key, value in fitted.items()
+        for key, value in found.items()
         if key in own or not key.startswith(tuple(f"{h}." for h in heads))
     }
-    left_over = [key for key in fitted if key not in own]
+    left_over = [key for key in found if key not in own]
     if left_over:
         of_classifier = classifier_keys()
-        fitted = {key: value for key, value in fitted.items() if key in own or key not in of_classifier}
-    problems = _differences(own, fitted)
+        found = {key: value for key, value in found.items() if key in own or key not in of_classifier}
+    problems = _differences(own, found)
     if problems or failure:
         architecture = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
         raise WeightsError(
             f"{source} does not fit {architecture}{failure}: " + "; ".join(problems) + ". "
             f"Give weights of {architecture}, name the model they belong to, or set model.weights=none"
         )
-    model.load_state_dict(fitted, strict=True)
+    return found
 
 
 def _without_prefix(state: StateDict, own: Mapping[str, Tensor]) -> StateDict:

@@ -40,6 +40,7 @@ from mooring.models.batchnorm_sync import synchronise_statistics_
 from mooring.models.ema import WeightEMA
 from mooring.models.encoder import Encoder, encoder_of
 from mooring.models.export import assemble as assemble_export
+from mooring.models.export import check_assembly
 from mooring.models.groups import parameter_groups
 from mooring.models.head import build_head
 from mooring.models.pretrained_head import pretrained_head
@@ -51,6 +52,7 @@ from mooring.train.optimizers import build_optimizer, default_lr
 from mooring.train.precision import choose_device, choose_precision
 from mooring.train.results import RunPlan
 from mooring.train.schedules import Schedule
+from mooring.train.sharded_loading import loads_in_parts
 
 _log = logging.getLogger(__name__)
 _Table = TypeVar("_Table", bound=Settings)
@@ -78,6 +80,7 @@ class Parts:
     extra_test_sources: dict[str, EpochSource]
     source_stream: RowStream | None
     held_out: HeldOut | None
+    in_parts: bool
     warm_up_source: Callable[[], EpochSource]
     clean_source: Callable[[], EpochSource]
     pretrained: FrozenEncoder | None
@@ -164,13 +167,15 @@ def assemble(
     config = _fitting_batch(config, manifest.counts["train"], ranks.world)
     train = config.train
     share = train.batch_size // ranks.world
-    encoder = encoder_of(config).to(device)
+    in_parts = loads_in_parts(config, needs, device, ranks)
+    encoder = encoder_of(config, deferred=in_parts).to(device)
     # before the method touches it; a continued run gets it from the same weights
     pretrained = frozen_copy(encoder, fold=False) if config.report.distortion else None
     head = build_head(
         encoder.feature_dim, len(manifest.classes), std=getattr(config.method, "head_init_std", 0.01)
     )
-    assemble_export(encoder, head)  # an architecture that cannot be exported is refused now, not at the end
+    # an architecture that cannot be exported is refused now, not at the end
+    (check_assembly if in_parts else assemble_export)(encoder, head)
     if train.channels_last:
         _to_channels_last(encoder)
     resources = replace(_resources(config, needs, manifest, encoder), ranks=ranks)
@@ -293,6 +298,7 @@ def assemble(
         extra_test_sources={name: source(rows, is_training=False) for name, rows in extra_tests.items()},
         source_stream=None if source_images is None else source_stream(source_images),
         held_out=held_out,
+        in_parts=in_parts,
         warm_up_source=warm_up_source,
         clean_source=clean_source,
         pretrained=pretrained,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -79,6 +80,10 @@ class Backend(Protocol):
 
     def whole(self, module: nn.Module, *, write: bool = False) -> AbstractContextManager[None]:
         """Within it ``module`` is an ordinary module with whole parameters; ``write``: what is changed stays."""
+        ...
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Gives the method the weights that ``weights`` returned; after ``prepare``."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mooring.config.schema import CheckpointSettings, RunConfig
 from mooring.distributed import ALONE, Ranks
 from mooring.errors import RunFolderError
+from mooring.models.deferred import is_deferred
 from mooring.report.run_folder import is_run
 from mooring.state.background import Background
 from mooring.state.file_systems import keepers
@@ -77,9 +78,13 @@ def restore_engine(engine: Engine, state: Mapping[str, Any]) -> None:
     """
     shared, own = state[SHARED], state[own_part(engine.backend.rank)]
     engine.method.load_extra_state(own["extra"])
-    with engine.backend.whole(engine.method, write=True):
-        engine.method.load_state_dict(shared["method"])
-    engine.hand_over()
+    if is_deferred(engine.method):  # no process has room for all of it
+        engine.hand_over()
+        engine.backend.load_weights(shared["method"])
+    else:
+        with engine.backend.whole(engine.method, write=True):
+            engine.method.load_state_dict(shared["method"])
+        engine.hand_over()
     for name, buffer in engine.method.named_buffers():
         buffer.copy_(own["buffers"][name])  # last: what begins anew gives all ranks rank 0's
     engine.backend.load_state_dict(own["optimizer"] if engine.backend.divided else shared["optimizer"])

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,8 @@ from mooring.data.batch import Batch
 from mooring.distributed import Ranks
 from mooring.errors import require
 from mooring.methods.base import At, Method, StepOutput
-from mooring.models.partition import chunks, whole
+from mooring.models.deferred import is_deferred, materialise
+from mooring.models.partition import chunks, is_divided, whole
 from mooring.train.deepspeed_config import deepspeed_config
 from mooring.train.deepspeed_traffic import count_exchanges, reducing
 from mooring.train.local_backend import LocalBackend
@@ -63,11 +64,15 @@ class DeepSpeedBackend(LocalBackend):
 
     def prepare(self, method: Method, optimizer: Optimizer) -> None:
         super().prepare(method, optimizer)
+        count_exchanges()
+        if is_deferred(method):
+            self._load_in_parts(method)
         _to_contiguous(method, optimizer)
         if self.world > 1:
             with torch.no_grad():
                 for tensor in (*method.parameters(), *method.buffers()):
-                    broadcast_(tensor, self.ranks, "first weights")
+                    if not is_divided(tensor):
+                        broadcast_(tensor, self.ranks, "first weights")
         self._trained_parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for parameter in method.parameters():
             # it sends parameters as bytes, in their order in memory; divided ones are flat in any case
@@ -77,12 +82,24 @@ class DeepSpeedBackend(LocalBackend):
         if self.divided:
             optimizer.state.clear()  # of whole parameters; DeepSpeed steps flat ones
         self._module = _Forward(method)
-        count_exchanges()
         self._engine, *_ = self._deepspeed.initialize(
             model=self._module, optimizer=optimizer, config=self.settings, dist_init_required=False
         )
         # its hooks hold it, through objects that Python's collector cannot see into
         weakref.finalize(self, self._engine.destroy).atexit = False
+
+    def _load_in_parts(self, method: Method) -> None:
+        """Reads the encoder's parameters on rank 0, one after the other, each divided before the next is read."""
+        encoder: Any = method.encoder
+        init = self._deepspeed.zero.Init(config_dict_or_path=self.settings, dtype=torch.float32)
+        materialise(
+            encoder.model,
+            encoder.deferred if self.ranks.is_first else None,
+            self.device,
+            # sends rank 0's values to all, keeps this rank's part, frees the rest
+            lambda parameter: init._convert_to_zero_parameters([parameter]),
+        )
+        encoder.deferred = None
 
     def forward(self, batch: Batch, at: At) -> StepOutput:
         with self.autocast():
@@ -178,6 +195,23 @@ class DeepSpeedBackend(LocalBackend):
                     for p in chunk:
                         found[names[id(p)]] = p.detach().cpu().clone()
         return found
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """A few parameters at a time where they are divided."""
+        if self.stage < 3:
+            super().load_weights(weights)
+            return
+        names = {id(p): name for name, p in self.method.named_parameters()}
+        for chunk in chunks(self.method.parameters()):
+            with whole(chunk, write=True):
+                for p in chunk:
+                    p.copy_(weights[names[id(p)]])
+                self._refresh_masters(chunk)
+        persistent = self.method.state_dict()
+        for name, buffer in self.method.named_buffers():
+            if name in persistent:
+                buffer.copy_(weights[name])
 
     @contextmanager
     def whole(self, module: nn.Module, *, write: bool = False) -> Iterator[None]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from mooring.config.load import as_started, to_toml
 from mooring.config.method_settings import method_title
@@ -39,6 +39,7 @@ from mooring.train.health.watch import RunHealth
 from mooring.train.interrupt import Interrupt, Stopped
 from mooring.train.results import RunResult
 from mooring.train.running_mean import RunningMetrics
+from mooring.train.sharded_loading import on_host
 
 if TYPE_CHECKING:
     from mooring.train.engine import Engine
@@ -316,15 +317,20 @@ class Fit:
         return nullcontext() if engine.ema is None else engine.ema.applied_to(engine.method)
 
     def _export(self) -> None:
-        with self.engine.backend.whole(self.engine.method):
-            self.ranks.on_first(self._export_here)
+        engine = self.engine
+        encoder, head = engine.method.exported()
+        assert isinstance(encoder, Encoder)  # the engine builds no other
+        if engine.parts.in_parts:  # no device has room for all of it
+            weights = engine.backend.weights()
+            self.ranks.on_first(lambda: self._export_here(*on_host(engine.config, encoder, head, weights)))
+            return
+        with engine.backend.whole(engine.method):
+            self.ranks.on_first(partial(self._export_here, encoder, head))
 
-    def _export_here(self) -> None:
-        encoder, head = self.engine.method.exported()
+    def _export_here(self, encoder: Encoder, head: nn.Linear) -> None:
         extra: dict[str, Any] = {"method": method_title(self.engine.config.method)}
         if (beside := self.engine.method.exported_front_door()) is not None:
             extra |= save_front_door(self.folder.path / "model", *beside)
-        assert isinstance(encoder, Encoder)  # the engine builds no other
         size = self.engine.parts.eval_size
         export(
             encoder,
@@ -364,8 +370,7 @@ class Fit:
         self.checkpoints.wait()  # the weights are about to be exchanged for the best ones
         assert engine.best.epoch is not None  # every finished run has validated
         val, weights = self._best_epoch()
-        with engine.backend.whole(engine.method, write=True):
-            engine.method.load_state_dict(weights)
+        engine.backend.load_weights(weights)
         if engine.ema is not None:
             engine.ema.copy_from(engine.method)  # the best weights are averaged already
         if engine.test_source is None or not self.test:

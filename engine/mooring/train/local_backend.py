@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -81,6 +82,10 @@ class LocalBackend:
 
     def whole(self, module: nn.Module, *, write: bool = False) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        with self.whole(self.method, write=True):
+            self.method.load_state_dict(dict(weights))
 
     def state_dict(self) -> dict[str, Any]:
         return optimizer_state(self.optimizer)

@@ -69,7 +69,9 @@ def build_optimizer(
 def _torch(groups: list[dict[str, Any]], settings: OptimizerSettings, device: torch.device) -> Optimizer:
     # torch has fused kernels for floating parameters on these devices, and foreach everywhere
     on_fused_device = device.type in ("cuda", "cpu") and all(
-        p.device.type == device.type and p.is_floating_point() for group in groups for p in group["params"]
+        p.device.type in (device.type, "meta") and p.is_floating_point()  # meta: not loaded yet
+        for group in groups
+        for p in group["params"]
     )
     kernel = {"fused": True} if on_fused_device else {"foreach": True}
     match settings.name:
