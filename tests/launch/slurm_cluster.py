@@ -40,7 +40,7 @@ class Slurm:
 
     def run(self, *words: str) -> str:
         """A Slurm command on node0; its output."""
-        code, output = self.nodes.run(words, environment=self.environment, timeout=60)
+        code, output = self.nodes.run(words, environment=self.environment, timeout=180)
         assert code == 0, output
         return output
 
@@ -49,7 +49,7 @@ class Slurm:
         shown = self.run("scontrol", "show", "job", job, "--oneliner")
         return next(word.removeprefix("JobState=") for word in shown.split() if word.startswith("JobState="))
 
-    def wait_for(self, job: str, *, seconds: float = 300) -> str:
+    def wait_for(self, job: str, *, seconds: float = 600) -> str:
         """The job's last state."""
         deadline = time.monotonic() + seconds
         while (state := self.state(job)) in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
@@ -99,7 +99,7 @@ class Slurm:
 
     @staticmethod
     def _until(ready, what: str) -> None:  # type: ignore[no-untyped-def]
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not ready():
             assert time.monotonic() < deadline, f"{what} did not start"
             time.sleep(0.2)

@@ -166,6 +166,7 @@ def undisturbed(nodes: TwoNodes) -> list[float]:
         pytest.param("killed", "local/killed", id="killed-on-disks-of-their-own"),
         pytest.param("stopped", "stopped", id="stopped"),
         pytest.param("cut", "local/cut", id="cut-on-disks-of-their-own"),
+        pytest.param("switched off", "off", id="switched-off"),
     ],
 )
 def test_a_lost_rank_is_replaced_and_the_run_goes_on(
@@ -176,12 +177,12 @@ def test_a_lost_rank_is_replaced_and_the_run_goes_on(
     disk = "disk-node0/" if out.startswith("local/") else ""
     run = nodes.folder / (disk + out.removeprefix("local/"))
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while not (run / "checkpoints" / "step-10").is_dir():
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline, "no checkpoint was written"
             time.sleep(0.05)
-        trainers = [pid for pid in nodes.pids("node1") if b"mooring.cli" in _command_line(pid)]
+        trainers = _trainers(nodes, "node1")
         assert trainers
         if what == "cut":
             nodes.cut_the_cable()
@@ -189,10 +190,17 @@ def test_a_lost_rank_is_replaced_and_the_run_goes_on(
                 assert nodes.wait_until_idle("node1", seconds=120) == []
             finally:
                 nodes.join_the_cable()
+        elif what == "switched off":
+            nodes.switch_off("node1")
+            deadline = time.monotonic() + 180
+            while _trainers(nodes, "node0"):
+                assert time.monotonic() < deadline, "the ranks of the other node did not end"
+                time.sleep(0.1)
+            nodes.switch_on("node1")  # the launch has been waiting for it
         else:
             for pid in trainers:
                 os.kill(pid, signal.SIGKILL if what == "killed" else signal.SIGSTOP)
-        output, _ = process.communicate(timeout=400)
+        output, _ = process.communicate(timeout=900)
     finally:
         process.kill()
     assert process.returncode == 0, output
@@ -266,6 +274,11 @@ def test_slurm_runs_the_plain_script(
     assert state == "COMPLETED", log
     assert "2 of 2 answered" in log
     assert losses(nodes.folder / "by-hand") == pytest.approx(alone, rel=1e-3)
+
+
+def _trainers(nodes: TwoNodes, node: str) -> list[int]:
+    """Process ids of the ranks on a node, and of what started them."""
+    return [pid for pid in nodes.pids(node) if b"mooring.cli" in _command_line(pid)]
 
 
 def _command_line(pid: int) -> bytes:

@@ -103,7 +103,7 @@ class TwoNodes:
         words: Sequence[str],
         *,
         node: str = "node0",
-        timeout: float = 300,
+        timeout: float = 600,
         environment: Mapping[str, str] | None = None,
     ) -> tuple[int, str]:
         """Runs a command on a node to its end: exit code and output."""
@@ -157,7 +157,7 @@ class TwoNodes:
             raise AssertionError(f"the ssh server of {node} did not start")
         self._servers[node] = server
 
-    def wait_until_idle(self, node: str, *, seconds: float = 60) -> list[int]:
+    def wait_until_idle(self, node: str, *, seconds: float = 180) -> list[int]:
         """Until only ssh servers are left on a node; returns what is still there after that time.
 
         Behind a cut cable the server of a connection waits for the network's own timeouts; what it started does not.
