@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mooring.exit_codes import LOST, would_come_again
+from mooring.exit_codes import LOST, USER_ERROR, would_come_again
 from mooring.launch.plan import Command, LaunchPlan
 from mooring.launch.request import LaunchRequest
 from mooring.launch.supervisor import LaunchError, Limits, Remote, TakenDownError, relay, run_plan
@@ -61,6 +61,8 @@ def run_with_restarts(
             for_good = isinstance(err, TakenDownError) or would_come_again(err.exit_code)
             if for_good or attempt >= request.restarts:
                 kept = f"what was saved is in {out}: the same command with resume=auto out={out} goes on from there"
+                if err.exit_code == USER_ERROR:
+                    kept = f"put it right, and start again; what {out} may hold already is continued by resume=auto"
                 err.args = (f"{err}\n{kept}",)
                 raise
             attempt += 1

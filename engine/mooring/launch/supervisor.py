@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import shlex
 import signal
 import subprocess
@@ -263,7 +264,7 @@ class Job:
     def _cause(self, first: Part) -> Part:
         """The command whose failure explains those of the others."""
 
-        def distance(part: Part) -> tuple[int, bool]:
+        def distance(part: Part) -> tuple[int, bool, bool]:
             if part.exit_code == USER_ERROR:
                 kind = 0
             elif part.why:
@@ -272,7 +273,9 @@ class Job:
                 kind = 2
             else:
                 kind = 4 if part.exit_code == LOST else 3
-            return kind, part is not first
+            # all ranks end by the mistake of one; they say so, and it is theirs in its own words
+            told_by_another = any(_by_another_rank(told) for told in part.ranks)
+            return kind, told_by_another, part is not first
 
         return min((part for part in self.parts if part.failed), key=distance, default=first)
 
@@ -346,6 +349,8 @@ class Job:
 
     def _failure(self, first: Part) -> str:
         lines = [describe(first)]
+        if first.exit_code == USER_ERROR and any(told.get("text") for told in first.ranks):
+            return lines[0]
         others = [part for part in self.parts if part is not first and part.failed]
         if others:
             lines.append("the others: " + "; ".join(describe(part) for part in others))
@@ -362,8 +367,9 @@ class Job:
 def describe(part: Part) -> str:
     """``node1 (rank 2-3): exit code 1``."""
     name = f"{part.command.host.name} ({part.command.ranks_text})"
-    if part.why:
-        return f"{name}: {part.why}"
+    mistakes = [told["text"] for told in part.ranks if told.get("code") == USER_ERROR and told["text"]]
+    if part.why or mistakes:
+        return f"{name}: {part.why or mistakes[0]}"
     if part.lost is not None:
         return f"{name}: {part.lost}"
     code = part.code or 0
@@ -377,15 +383,19 @@ def describe(part: Part) -> str:
 
 def _rank(part: Part, told: Mapping[str, Any]) -> str:
     """``rank 1 on node1: in 'backward' of step 12, 301 s without a move; exit code 74: ...``."""
-    text = f"rank {told['rank']} on {part.command.host.name}:"
+    said = []
     if "phase" in told:
         still = told["quiet"] + told["silent"]
-        text += f" in '{told['phase']}' of step {told['step']}, {still:.0f} s without a move"
-        text += f" ({told['state']})" if told["silent"] > 15 and told["state"] else ""
+        state = f" ({told['state']})" if told["silent"] > 15 and told["state"] else ""
+        said.append(f"in '{told['phase']}' of step {told['step']}, {still:.0f} s without a move{state}")
     if "code" in told:
-        text += f"; exit code {told['code']}"
-        text += f": {told['text'].splitlines()[0]}" if told["text"] else ""
-    return text
+        last = f": {told['text'].splitlines()[0]}" if told["text"] else ""
+        said.append(f"exit code {told['code']}{last}")
+    return f"rank {told['rank']} on {part.command.host.name}: {'; '.join(said)}"
+
+
+def _by_another_rank(told: Mapping[str, Any]) -> bool:
+    return bool(re.match(r"rank \d+ stopped: ", told.get("text", "")))
 
 
 def run_plan(
