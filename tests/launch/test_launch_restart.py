@@ -84,3 +84,33 @@ def test_a_schedulers_signal_is_passed_on_and_ends_the_loop(number: signal.Signa
         os.kill(process.pid, number)
         assert process.stdout.read() == f"told {int(number)}\n"
     assert process.returncode == PREEMPTED
+
+
+def test_a_killed_parent_takes_the_command_with_it(tmp_path: Path, no_waiting: None) -> None:
+    """SIGTERM, upon which a training saves its state; without it, it would train on and be in the way of the next."""
+    child = textwrap.dedent(
+        """
+        import signal, sys, time
+        def told(number, frame):
+            print("told", number, flush=True)
+            sys.exit(75)
+        signal.signal(signal.SIGTERM, told)
+        print("ready", flush=True)
+        time.sleep(600)
+        """
+    )
+    parent = textwrap.dedent(
+        """
+        import sys
+        from mooring.launch.restart import run_with_restarts
+        command = [sys.executable, "-S", "-c", sys.argv[1]]
+        sys.exit(run_with_restarts(command, command, 5, note=print))
+        """
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", parent, child], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.kill()
+        assert process.stdout.read() == f"told {int(signal.SIGTERM)}\n"  # and its end: nobody holds the pipe

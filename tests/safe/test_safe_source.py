@@ -38,7 +38,7 @@ ALLOWED = {
         "engine/mooring/launch/facts.py",
         "socket",
     ): "do the machines of a run reach each other, before it starts",
-    ("engine/mooring/launch/agent.py", "ctypes.CDLL"): "prctl of the C library that is loaded already",
+    ("engine/mooring/launch/parent_death.py", "ctypes.CDLL"): "prctl of the C library that is loaded already",
     ("engine/mooring/launch/words.py", "runpy.run_module"): "what a command line of our own launcher names",
 }
 # called with a name that this project wrote down elsewhere: a table, a caller's literal, a benchmark, a build tool

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import ctypes
 import json
 import os
 import selectors
@@ -29,12 +28,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from mooring.launch.overseer import Overseer, Verdict
+from mooring.launch.parent_death import adopt_orphans, ended_with_its_parent
 
-_SET_CHILD_SUBREAPER, _SET_PARENT_DEATH_SIGNAL = 36, 1  # prctl(2)
 _KILLED_WITHIN = 10.0  # seconds; a process that waits for a dead disk cannot be killed at all
 _TURN = 0.05  # seconds between looks at the command, which tells its end to nobody who waits on a pipe
 _LOOK = 1.0  # seconds between looks at the signs of its ranks
@@ -51,7 +52,7 @@ class Agent:
         self._writing = threading.Lock()
         self._silence, self._grace = float(job["silence"]), float(job["grace"])
         self._overseer = Overseer()
-        _prctl(_SET_CHILD_SUBREAPER, 1)
+        adopt_orphans()
         try:
             self._process = subprocess.Popen(
                 job["argv"],
@@ -61,7 +62,7 @@ class Agent:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
-                preexec_fn=_in_the_child,
+                preexec_fn=partial(_in_the_child, ended_with_its_parent()),
             )
         except OSError as err:
             self._overseer.close()
@@ -193,17 +194,11 @@ def _kill(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
-def _in_the_child() -> None:
+def _in_the_child(end_with_the_agent: Callable[[], None]) -> None:
     """Between fork and exec of the command."""
-    _prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)  # if the agent is killed, the command hears of it
+    end_with_the_agent()
     for number in (signal.SIGINT, signal.SIGHUP):  # what is ignored stays ignored across exec
         signal.signal(number, signal.SIG_DFL)
-
-
-def _prctl(option: int, value: int) -> None:
-    # where this is not Linux, orphans of a killed launcher are not found
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def main() -> int:
