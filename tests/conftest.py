@@ -12,7 +12,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -32,3 +35,17 @@ def assets() -> Path:
     if not (folder / "MANIFEST.tsv").is_file():
         pytest.skip(f"no assets at {folder}: set MOORING_ASSETS to a folder with weights/ and datasets/")
     return folder
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """A test that would wait for ever, as on a pipe that nobody writes to, fails."""
+
+    def give_up(number: int, frame: FrameType | None) -> None:
+        raise AssertionError("still waiting")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Sequence
@@ -500,11 +501,12 @@ def damaged_run(rng: random.Random, folder: Path) -> None:
     source = trained_run()
     run = folder / "run"
     shutil.copytree(source, run)
+    victim = written(folder, "victim", b'{"kind": "note", "step": 0, "epoch": 0, "values": {}}\n' * 9)
     files = [file for file in sorted(run.rglob("*")) if file.is_file() and "tensorboard" not in file.parts]
     small = [file for file in files if file.stat().st_size < 1 << 16]
     for file in rng.sample(small if rng.random() < 0.8 else files, rng.randint(1, 2)):
         data = file.read_bytes()
-        match rng.randrange(8):
+        match rng.randrange(11):
             case 0:
                 file.unlink()
             case 1:
@@ -512,6 +514,15 @@ def damaged_run(rng: random.Random, folder: Path) -> None:
                 file.mkdir()
             case 2:
                 file.write_bytes(b"")
+            case 8:
+                file.unlink()
+                os.mkfifo(file)
+            case 9:
+                file.unlink()
+                file.symlink_to(rng.choice(("/dev/zero", "/dev/tty", "/proc/self/mem", "/nowhere")))
+            case 10:
+                file.unlink()
+                file.symlink_to(victim)
             case 3 | 4 | 5 if file.suffix == ".json":
                 file.write_bytes(damaged_json(data, rng))
             case _:
@@ -527,3 +538,4 @@ def damaged_run(rng: random.Random, folder: Path) -> None:
     ):
         code = command(words)
         assert code in (0, 2, 130), f"{words}: exit code {code}"
+        assert victim.stat().st_size == 9 * 54, f"{words} wrote to a file outside the run"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from mooring.errors import RunFolderError
 from mooring.report.metrics_log import FILE_NAME, MetricsLog, Record, cut_log, read_metrics
 from mooring.report.records import json_line, to_json_value, write_json_atomic, write_text_atomic
 
@@ -127,6 +131,46 @@ def test_a_log_that_lost_its_end_is_named(tmp_path: Path) -> None:
         lengths = log.lengths()
     (tmp_path / FILE_NAME).write_bytes((tmp_path / FILE_NAME).read_bytes()[:-5])
     assert cut_log(tmp_path, lengths) == [f"{FILE_NAME} lacks its last 5 bytes: a part of the log is lost"]
+
+
+@pytest.mark.parametrize("name", [FILE_NAME, "tensorboard", "tensorboard/events.out.tfevents.7.x"])
+def test_a_link_among_the_files_of_a_log_is_refused_and_what_it_leads_to_stays(
+    name: str, tmp_path: Path
+) -> None:
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    run.mkdir()
+    if name == "tensorboard":
+        victim.mkdir()
+        victim = victim / "events.out.tfevents.7.x"
+    victim.write_text("precious\n" * 100)
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).symlink_to(victim.parent if name == "tensorboard" else victim)
+    refused = f"{re.escape(str(run / name))}: .*symbolic link to {re.escape(str((run / name).resolve()))}"
+    for lengths in ({}, {name: 3}):
+        with pytest.raises(RunFolderError, match=refused):
+            cut_log(run, lengths)
+    with pytest.raises(RunFolderError, match=refused):
+        MetricsLog(run, tensorboard=True)
+    assert victim.read_text() == "precious\n" * 100
+
+
+def test_a_pipe_in_the_place_of_a_log_keeps_nobody_waiting(tmp_path: Path, no_waiting: None) -> None:
+    os.mkfifo(tmp_path / FILE_NAME)
+    for use in (lambda: read_metrics(tmp_path), lambda: MetricsLog(tmp_path), lambda: cut_log(tmp_path, {})):
+        with pytest.raises(RunFolderError, match="not a regular file"):
+            use()
+
+
+def test_a_clock_that_was_set_back_does_not_change_the_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard reads the files in the order of their names, which begin with the time."""
+    for step, now in enumerate((2_000_000_000.0, 1_000_000_000.0, 1_000_000_001.0)):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        with MetricsLog(tmp_path, tensorboard=True) as log:
+            log.write("train", step=step, epoch=0, values={"loss": float(step)})
+    monkeypatch.undo()
+    assert scalars(tmp_path, "train/loss") == [(0, 0.0), (1, 1.0), (2, 2.0)]
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:

@@ -79,6 +79,23 @@ def test_the_folder_to_continue_may_hold_a_run(tmp_path: Path) -> None:
     assert open_run_folder(tmp_path, resume=True) == existing_run(tmp_path) == RunFolder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["metrics.jsonl", "tensorboard", "heartbeat/.rank-0.part", "model/config.json.partial", ".curves.png"],
+)
+def test_a_folder_to_continue_has_no_links_where_it_is_written_over(name: str, tmp_path: Path) -> None:
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    (run / name).parent.mkdir(parents=True)
+    (run / "config.toml").write_text("")
+    victim.touch()
+    (tmp_path / "elsewhere").mkdir()
+    (run / "checkpoints").symlink_to(tmp_path / "elsewhere")  # on a larger disk: what lies in it is checked
+    open_run_folder(run, resume=True)
+    (run / name).symlink_to(victim)
+    with pytest.raises(RunFolderError, match=f"{name}: .*symbolic link to {victim}"):
+        open_run_folder(run, resume=True)
+
+
 def test_json_files(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     with pytest.raises(RunFolderError, match=r"expected result\.json, got none"):

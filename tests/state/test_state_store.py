@@ -142,12 +142,17 @@ HARM: dict[str, Callable[[Path], object]] = {
     "longer": lambda file: file.write_bytes(file.read_bytes() + b" "),
     "missing": Path.unlink,
     "folder": lambda file: (file.unlink(), file.mkdir()),
+    "pipe": lambda file: (file.unlink(), os.mkfifo(file)),
+    "device": lambda file: (file.unlink(), file.symlink_to("/dev/zero")),
+    "link": lambda file: (file.unlink(), file.symlink_to("/proc/self/status")),
 }
 
 
 @pytest.mark.parametrize("harm", HARM)
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
-def test_a_damaged_checkpoint_is_passed_over_and_set_aside(name: str, harm: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_set_aside(
+    name: str, harm: str, tmp_path: Path, no_waiting: None
+) -> None:
     store = CheckpointStore(tmp_path / "c")
     write(store, 1)
     broken = write(store, 2).folder

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mooring.errors import RunFolderError
-from mooring.state.tree import load_tree, save_tree
+from mooring.state.tree import MANIFEST, load_tree, save_tree
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
@@ -213,6 +213,21 @@ def test_damage_is_found_and_named(name: str, harm: Any, says: str, tmp_path: Pa
     folder = save_tree(tmp_path / "t", {"x": torch.ones(3), "y": [1, "two"]})
     harm(folder / name)
     with pytest.raises(RunFolderError, match=says):
+        load_tree(folder)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "tree.json", "tensors.safetensors"])
+@pytest.mark.parametrize("place", ["a pipe", "a device"])
+def test_what_is_no_file_keeps_nobody_waiting(
+    name: str, place: str, tmp_path: Path, no_waiting: None
+) -> None:
+    folder = save_tree(tmp_path / "state", {"a": torch.ones(3)})
+    (folder / name).unlink()
+    if place == "a pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).symlink_to("/dev/zero")
+    with pytest.raises(RunFolderError, match="not a regular file"):
         load_tree(folder)
 
 

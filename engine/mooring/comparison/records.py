@@ -8,6 +8,7 @@ from typing import Any
 
 from mooring.errors import RunFolderError
 from mooring.parsing import parse_json
+from mooring.regular_file import read_regular
 from mooring.report.records import json_line, write_text_atomic
 
 FILE_NAME = "records.jsonl"
@@ -27,7 +28,7 @@ def read_records(folder: Path) -> dict[str, Record]:
         return {}
     records: dict[str, Record] = {}
     # what is no UTF-8 is no JSON either, and is refused line by line
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(read_regular(file).decode("utf-8", "replace").splitlines(), 1):
         try:
             record = parse_json(line)
             missing = [name for name in _NEEDED if name not in record]

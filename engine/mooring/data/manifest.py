@@ -24,6 +24,7 @@ from mooring.data.discover import SPLITS, is_under
 from mooring.data.quarantine import Quarantined, read_quarantine, write_quarantine
 from mooring.errors import DataError, RunFolderError
 from mooring.parsing import parse_json
+from mooring.regular_file import open_regular, read_regular
 
 VERSION = 1
 ROWS_FILE, HEAD_FILE, QUARANTINE_FILE = "manifest.parquet", "manifest.json", "quarantine.csv"
@@ -208,7 +209,8 @@ class Manifest:
                 f"expected manifest version {VERSION} in {folder}; got {head.get('version')}: scan again"
             )
         try:
-            table = pq.ParquetFile(folder / ROWS_FILE).read()
+            with open_regular(folder / ROWS_FILE) as rows:
+                table = pq.ParquetFile(rows).read()
             table.validate(full=True)
             root = (folder / head["root"]).resolve()
             manifest = cls(
@@ -274,7 +276,7 @@ def scanned_path(folder: Path) -> str | None:
 
 def _read_head(folder: Path) -> dict[str, Any]:
     try:
-        head = parse_json((folder / HEAD_FILE).read_text(encoding="utf-8"))
+        head = parse_json(read_regular(folder / HEAD_FILE))
     except FileNotFoundError:
         raise DataError(
             f"expected a manifest folder with {HEAD_FILE}; got {folder}, which has none"

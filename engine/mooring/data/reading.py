@@ -10,8 +10,8 @@ from PIL import Image
 from mooring.data.images import decode_rgb
 from mooring.data.manifest import Split
 from mooring.data.quarantine import ImageProblem
-from mooring.data.regular_file import open_regular
 from mooring.errors import DataError
+from mooring.regular_file import open_regular
 
 _REMEDY = "restore it, or scan the data again"
 

@@ -22,9 +22,9 @@ from mooring.data.lists import LIST_SUFFIXES, discover_list
 from mooring.data.manifest import SCHEMA, Manifest, check_labels
 from mooring.data.out_folder import writable
 from mooring.data.quarantine import ImageProblem, Quarantined, Reason
-from mooring.data.regular_file import open_regular
 from mooring.data.validation_split import check_settings, validation_rows
 from mooring.errors import DataError
+from mooring.regular_file import open_regular
 
 MAX_PIXELS = 100_000_000
 _HEAD = 64  # enough to tell a film or an archive from a picture without reading it

@@ -21,6 +21,7 @@ from mooring.models.reachable import require_reachable
 from mooring.models.torchvision_shim import import_timm
 from mooring.models.weights import StateDict, cached_weights, fitted, load_into, read_state_dict
 from mooring.parsing import parse_json
+from mooring.regular_file import read_regular
 
 timm = import_timm()
 _log = logging.getLogger(__name__)
@@ -242,7 +243,7 @@ def described(name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
 def _described_folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     file = folder / "config.json"
     try:
-        config = parse_json(file.read_text(encoding="utf-8"))
+        config = parse_json(read_regular(file))
         cfg = config.get("pretrained_cfg", config)
         architecture = config["architecture"]
     except FileNotFoundError:

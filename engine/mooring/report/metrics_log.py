@@ -6,19 +6,19 @@ they read as those of a run that was never interrupted.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from mooring.errors import RunFolderError
 from mooring.parsing import parse_json
+from mooring.regular_file import open_own, read_regular
+from mooring.report.event_file import PREFIX, EventFile
 from mooring.report.records import from_json_number, json_line
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 FILE_NAME = "metrics.jsonl"
 DISCRIMINATION = "discrimination"  # kind of a line: what the encoder tells apart beyond the run's classes
@@ -49,16 +49,21 @@ class MetricsLog:
     Args:
         folder: the run folder; gets ``metrics.jsonl`` and ``tensorboard/``. What is there is appended to.
         tensorboard: also write TensorBoard events.
+
+    Raises:
+        RunFolderError: a file of the log is a link, or no file.
     """
 
     def __init__(self, folder: Path, *, tensorboard: bool = False) -> None:
         self.folder = folder
         self.path = folder / FILE_NAME
         self._events_folder = folder / _EVENTS if tensorboard else None
-        self._events: SummaryWriter | None = None
-        if self.path.exists():
+        self._events: EventFile | None = None
+        if FILE_NAME in _log_files(folder):
             _drop_partial_line(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = os.fdopen(
+            _opened(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8"
+        )
 
     def write(self, kind: str, *, step: int, epoch: int, values: Mapping[str, Any]) -> None:
         """Appends one line. Non-finite numbers are written as ``"nan"``, ``"inf"`` and ``"-inf"``."""
@@ -66,16 +71,15 @@ class MetricsLog:
         self._file.write(json_line(record) + "\n")
         self._file.flush()
         if self._events_folder is not None and kind != "note":
-            self._write_events(kind, step, values)
+            self._write_events(self._events_folder, kind, step, values)
 
-    def _write_events(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+    def _write_events(self, folder: Path, kind: str, step: int, values: Mapping[str, Any]) -> None:
         if self._events is None:
-            from torch.utils.tensorboard import SummaryWriter  # a second or two: only where a line is written
-
-            self._events = SummaryWriter(str(self._events_folder))
+            self._events = EventFile(folder)
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._events.add_scalar(f"{kind}/{name}", value, step)
+        self._events.flush()
 
     def lengths(self) -> dict[str, int]:
         """Bytes written so far to each file, by its path in the run folder; for ``cut_log``."""
@@ -86,7 +90,7 @@ class MetricsLog:
     def sync(self) -> None:
         """Waits until what was written is on the disk; may be called from another thread."""
         for name in _log_files(self.folder):
-            descriptor = os.open(self.folder / name, os.O_RDONLY)
+            descriptor = _opened(self.folder / name, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:
@@ -136,6 +140,9 @@ def cut_log(folder: Path, lengths: Mapping[str, int]) -> list[str]:
 
     Returns:
         what is missing, in words; empty where the log is whole.
+
+    Raises:
+        RunFolderError: a file of the log is a link, which may lead to anything, or no file; nothing was changed.
     """
     missing = []
     for name in _log_files(folder):
@@ -143,7 +150,11 @@ def cut_log(folder: Path, lengths: Mapping[str, int]) -> list[str]:
         if name not in lengths:
             file.unlink()
         elif file.stat().st_size > lengths[name]:
-            os.truncate(file, lengths[name])
+            descriptor = _opened(file, os.O_WRONLY)
+            try:
+                os.ftruncate(descriptor, lengths[name])
+            finally:
+                os.close(descriptor)
     for name, length in lengths.items():
         file = folder / name
         size = file.stat().st_size if file.is_file() else 0
@@ -153,9 +164,36 @@ def cut_log(folder: Path, lengths: Mapping[str, int]) -> list[str]:
 
 
 def _log_files(folder: Path) -> list[str]:
-    """The files of the log that are there, relative to the run folder."""
-    events = sorted((folder / _EVENTS).glob("events.out.tfevents.*"))
-    return [FILE_NAME] * (folder / FILE_NAME).is_file() + [f"{_EVENTS}/{file.name}" for file in events]
+    """The files of the log that are there, relative to the run folder.
+
+    Raises:
+        RunFolderError: one of them, or their folder, is a link, or no file.
+    """
+    log, events = folder / FILE_NAME, folder / _EVENTS
+    if events.is_symlink():
+        raise _refused(events, f"a symbolic link to {events.resolve()}")
+    files = [log] * (log.exists() or log.is_symlink()) + sorted(events.glob(f"{PREFIX}*"))
+    for file in files:
+        if file.is_symlink():
+            raise _refused(file, f"a symbolic link to {file.resolve()}")
+        if not file.is_file():
+            raise _refused(file, "not a regular file")
+    return [file.relative_to(folder).as_posix() for file in files]
+
+
+def _opened(file: Path, flags: int) -> int:
+    try:
+        return open_own(file, flags)
+    except OSError as err:
+        if err.errno in (errno.ELOOP, errno.EINVAL):
+            raise _refused(file, str(err.strerror)) from None
+        raise
+
+
+def _refused(file: Path, got: str) -> RunFolderError:
+    return RunFolderError(
+        f"{file}: expected a file of the run itself, which is cut and written to; got {got}: put the file in its place"
+    )
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -168,7 +206,7 @@ def read_metrics(path: Path) -> list[Record]:
     """
     file = path / FILE_NAME if path.is_dir() else path
     try:
-        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = read_regular(file).decode("utf-8", "replace").split("\n")
     except OSError as err:
         raise RunFolderError(f"{file}: expected the log of a run, got {err.strerror or err}") from None
     records: list[Record] = []
@@ -192,6 +230,6 @@ def read_metrics(path: Path) -> list[Record]:
 
 def _drop_partial_line(path: Path) -> None:
     """Cuts what follows the last line end, so that an appended line starts on its own."""
-    with path.open("rb+") as file:
+    with os.fdopen(_opened(path, os.O_RDWR), "rb+") as file:
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)

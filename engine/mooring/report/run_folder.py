@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -14,10 +15,14 @@ from mooring.config.method_settings import method_title
 from mooring.config.schema import RunConfig
 from mooring.errors import RunFolderError
 from mooring.parsing import parse_json
+from mooring.regular_file import read_regular
 from mooring.report.records import write_json_atomic, write_text_atomic
+from mooring.report.run_lock import LOCK
 
 # What logs, pictures and TensorBoard events of a long run may take; weights come on top.
 LOG_BYTES = 64 << 20
+# folders of small files that a continued run writes over; checkpoints are only added, read and deleted
+_WRITTEN_OVER = ("tensorboard", "heartbeat", "model", "manifest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +50,11 @@ class RunFolder:
             RunFolderError: it is not there, or not JSON.
         """
         try:
-            return parse_json((self.path / name).read_text(encoding="utf-8"))
+            return parse_json(read_regular(self.path / name))
         except FileNotFoundError:
             raise RunFolderError(f"{self.path}: expected {name}, got none: the run did not end") from None
+        except OSError as err:
+            raise RunFolderError(f"{self.path / name}: expected JSON, got {err.strerror}") from None
         except ValueError as err:
             raise RunFolderError(f"{self.path / name}: expected JSON, got {err}") from None
 
@@ -69,13 +76,14 @@ def check_run_folder(path: Path, *, resume: bool = False) -> None:
     """Looks, without creating anything, whether ``path`` can become or continue a run folder.
 
     Raises:
-        RunFolderError: it is a file, or holds something else.
+        RunFolderError: it is a file, holds something else, or links that lead a continued run to files of others.
     """
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"out: expected a folder, got the file {path}: choose another out=")
     if resume:
         _require_run(path)
-    elif path.is_dir() and any(path.iterdir()):
+        _refuse_links(path)
+    elif path.is_dir() and any(entry.name != LOCK for entry in path.iterdir()):
         raise RunFolderError(
             f"out: expected a new or empty folder, got {path}, which is not empty: choose another out=, "
             f"or continue that run with resume={path}"
@@ -124,6 +132,24 @@ def existing_run(path: Path) -> RunFolder:
 def is_run(path: Path) -> bool:
     """Whether ``mooring train`` has begun to write this folder."""
     return (path / "config.toml").is_file()
+
+
+def _refuse_links(path: Path) -> None:
+    """A run folder may come from elsewhere: what a continued run writes over, cuts or deletes must lie in it."""
+    try:
+        own = [path / "metrics.jsonl", *(entry for entry in path.iterdir() if entry.name.startswith("."))]
+        for folder in (path / name for name in _WRITTEN_OVER):
+            own += [folder] if folder.is_symlink() or not folder.is_dir() else folder.iterdir()
+    except OSError as err:
+        raise RunFolderError(
+            f"{err.filename}: expected a folder that can be read, got {err.strerror}"
+        ) from None
+    for entry in own:
+        if entry.is_symlink():
+            raise RunFolderError(
+                f"{entry}: expected a part of the run itself, which is written over when the run goes on; got a "
+                f"symbolic link to {os.path.realpath(entry)}: put what it leads to in its place, or remove it"
+            )
 
 
 def _require_run(path: Path) -> None:

@@ -16,6 +16,7 @@ from mooring.config.load import load_config, shipped_recipes
 from mooring.config.method_settings import method_title
 from mooring.errors import RunFolderError
 from mooring.parsing import parse_json
+from mooring.regular_file import read_regular
 from mooring.report.metrics import counted, duration, shown_metrics
 from mooring.report.metrics_log import FILE_NAME, read_metrics
 from mooring.report.records import from_json_number
@@ -113,7 +114,7 @@ def _result(result: Mapping[str, Any], classes: int | None) -> list[RenderableTy
 def _class_count(run: Path) -> int | None:
     """C as the run's manifest tells it; None where that cannot be read."""
     try:
-        head = parse_json((run / "manifest" / "manifest.json").read_text(encoding="utf-8"))
+        head = parse_json(read_regular(run / "manifest" / "manifest.json"))
         return len(head["classes"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mooring.errors import RunFolderError
+from mooring.regular_file import open_regular
 
 # A piece that is hashed and written before the next one: both calls let other threads run.
 _PIECE = 16 << 20
@@ -56,7 +57,7 @@ def damage(file: Path, expected: Mapping[str, Any]) -> str | None:
         size = file.stat().st_size
         if size != expected["size"]:
             return f"{file} is damaged: expected {expected['size']} bytes, got {size}"
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as err:
         return f"{file} cannot be read ({err.strerror}), but the manifest lists it"
@@ -72,12 +73,14 @@ def read_checked(file: Path, expected: Mapping[str, Any]) -> bytes:
         RunFolderError: it is not what was written.
     """
     try:
-        content = file.read_bytes()
+        with open_regular(file) as stream:
+            content = stream.read(int(expected["size"]) + 1)  # of a larger one, enough to tell
+            size = os.fstat(stream.fileno()).st_size
     except OSError as err:
         raise RunFolderError(f"{file} cannot be read ({err.strerror}), but the manifest lists it") from err
     if len(content) != expected["size"]:
         raise RunFolderError(
-            f"{file} is damaged: expected {expected['size']} bytes, got {len(content)}: use an earlier one"
+            f"{file} is damaged: expected {expected['size']} bytes, got {size}: use an earlier one"
         )
     digest = hashlib.sha256(content).hexdigest()
     if digest != expected["sha256"]:

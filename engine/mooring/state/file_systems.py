@@ -12,8 +12,10 @@ import torch.distributed as dist
 
 from mooring.distributed import Ranks
 from mooring.errors import RunFolderError
+from mooring.regular_file import open_own, open_regular
 
 _PIECE = 64 << 20  # bytes in one exchange
+_ANEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 
 
 def keepers(folder: Path, ranks: Ranks) -> tuple[int, ...]:
@@ -71,8 +73,8 @@ def send_file(file: Path, size: int, ranks: Ranks, *, source: int, here: bool) -
     problem: Exception | None = None
     with ExitStack() as opened:
         try:
-            read = opened.enter_context(file.open("rb")) if ranks.rank == source else None
-            write = opened.enter_context(part.open("wb")) if writes else None
+            read = opened.enter_context(open_regular(file)) if ranks.rank == source else None
+            write = opened.enter_context(os.fdopen(open_own(part, _ANEW), "wb")) if writes else None
         except OSError as err:
             problem = _refused(file, err)
         ranks.agree(problem)

@@ -30,6 +30,7 @@ from typing import Any, NoReturn, TypeVar
 from mooring.distributed import ALONE, Ranks
 from mooring.errors import RunFolderError
 from mooring.parsing import parse_json
+from mooring.regular_file import read_regular
 from mooring.state.durable import damage, read_checked, sync, write_durably
 from mooring.state.encoding import EncodedTree, decode_tree, document_bytes, tensor_bytes
 from mooring.state.file_systems import keepers, send_file
@@ -348,7 +349,7 @@ class CheckpointStore:
         if self._is_shared:
             return
         mine = ref.folder / MANIFEST
-        raw = next(text for text in self.ranks.gather(mine.read_bytes() if mine.is_file() else None) if text)
+        raw = next(text for text in self.ranks.gather(read_regular(mine) if mine.is_file() else None) if text)
         if self._is_keeper and not mine.is_file():
             ref.folder.mkdir(parents=True, exist_ok=True)
             write_durably(mine, [raw])
@@ -479,7 +480,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     """
     file = folder / MANIFEST
     try:
-        manifest = parse_json(file.read_bytes())
+        manifest = parse_json(read_regular(file))
         signature = manifest.pop("manifest_sha256")
         if signature != _digest(manifest):
             raise ValueError("its own sha256 is another")

@@ -11,6 +11,7 @@ from typing import Any
 
 from mooring.errors import RunFolderError
 from mooring.parsing import parse_json
+from mooring.regular_file import read_regular
 from mooring.state.durable import read_checked, sync, write_durably
 from mooring.state.encoding import decode_tree, document_bytes, encode_tree, tensor_bytes
 
@@ -91,7 +92,7 @@ def load_tree(folder: str | Path) -> Any:
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
     try:
-        manifest = parse_json((folder / MANIFEST).read_bytes())
+        manifest = parse_json(read_regular(folder / MANIFEST))
         files = manifest["files"]
         complete = manifest["format"] == _FORMAT and all(
             {"size", "sha256"} <= set(files[name]) for name in (TENSORS, TREE)

@@ -20,11 +20,12 @@ from mooring.config.schema import RunConfig
 from mooring.data.batch import Batch
 from mooring.data.source import EpochSource
 from mooring.distributed import Ranks, init_from_environment
-from mooring.errors import ConfigError, DataError, RunFolderError
+from mooring.errors import ConfigError, RunFolderError
 from mooring.methods.base import At, SetupContext, StepOutput
 from mooring.models.batchnorm_sync import average_statistics_
 from mooring.report.progress import Progress
 from mooring.report.run_folder import check_run_folder, open_run_folder
+from mooring.report.run_lock import RunLock
 from mooring.state.store import CheckpointRef
 from mooring.train import checkpoint
 from mooring.train.agreed import agreed
@@ -82,6 +83,7 @@ class Engine:
         self.inexact: list[dict[str, Any]] = []  # where the run was continued though not bit for bit
         self.is_resumed = False
         self._checkpoints: Checkpoints | None = None
+        self._lock: RunLock | None = None
         self.best = BestEpoch()
         train = self.config.train
         # each rank mixes its own rows
@@ -212,7 +214,6 @@ class Engine:
         Raises:
             NonFiniteError: the loss or a gradient is not finite, and ``health`` says to stop. The engine is where it
                 was before the step.
-            DataError: an image of the source task cannot be read, here or on another rank; the same holds.
         """
         self.prepare()
         if not self.method.training:
@@ -223,15 +224,11 @@ class Engine:
         micros = len(group)
         lr = self._set_learning_rates()
         self.health.before_step()
-        sources = self._source_batches(micros)
         self.method.before_step(self._at(0, micros))
         outputs: list[StepOutput] = []
         placed: list[Batch] = []
-        for micro, (item, source) in enumerate(zip(group, sources, strict=True)):
-            moved = self.mixer(item.to(self.backend.device))
-            if source is not None:
-                moved = replace(moved, source=source.to(self.backend.device))
-            moved = self._counted(moved)
+        for micro, item in enumerate(group):
+            moved = self._counted(self._with_source(self.mixer(item.to(self.backend.device))))
             output = self.backend.forward(moved, self._at(micro, micros))
             self.health.phase.enter("backward")
             self.backend.backward(output.loss / micros, last=micro == micros - 1)
@@ -262,25 +259,16 @@ class Engine:
         total = all_reduce_((batch.labels >= 0).sum().float(), self.ranks, "rows")
         return replace(batch, mean_rows=total / self.ranks.world)
 
-    def _source_batches(self, micros: int) -> list[Batch | None]:
-        """For each micro-batch as many rows of the source stream as this step reads.
-
-        All are read before anything is computed, so that where one cannot be, the state is that from before the step.
-        """
-        stream = self.source_stream
-        if stream is None:
-            return [None] * micros
+    def _with_source(self, batch: Batch) -> Batch:
+        """The batch with as many rows of the source stream as this step reads."""
+        if self.source_stream is None:
+            return batch
         rows = self.method.source_rows(self._at())
         if rows == 0:
-            stream.close()  # what reads ahead would read for nothing
-            return [None] * micros
+            self.source_stream.close()  # what reads ahead would read for nothing
+            return batch
         rows = -(-rows // self.ranks.world)
-        before = stream.state_dict()
-        try:
-            return list(agreed((stream.take(rows) for _ in range(micros)), self.ranks))
-        except DataError:
-            stream.load_state_dict(before)
-            raise
+        return replace(batch, source=self.source_stream.take(rows).to(self.backend.device))
 
     def _set_learning_rates(self) -> float:
         """Sets every group's rate for this step; returns the first one's: the backbone's, or the head's in a probe."""
@@ -435,6 +423,7 @@ class Engine:
 
             def opened() -> None:
                 run = open_run_folder(out, resume=run_to_continue(self.config) is not None)
+                self.lock(out)
                 run.write_text("config.toml", to_toml(as_started(self.config)))
 
             self.ranks.on_first(opened)
@@ -444,6 +433,19 @@ class Engine:
         ref = self._checkpoints.wait()
         assert ref is not None
         return ref
+
+    def lock(self, run: Path) -> str | None:
+        """Keeps other processes from training in a run folder until ``close``; for rank 0, before it writes there.
+
+        Returns:
+            why that cannot be, where the file system has no locks.
+
+        Raises:
+            RunFolderError: another process does.
+        """
+        if self._lock is None:
+            self._lock = RunLock(run)
+        return self._lock.problem
 
     def resume(self, ref: CheckpointRef, *, allow_inexact: bool | None = None) -> list[Difference]:
         """Continues from a checkpoint; call it right after ``build``.
@@ -541,8 +543,13 @@ class Engine:
         if self.parts.held_out is not None:
             self.parts.held_out.close()
         self.warnings.close()
-        if self._checkpoints is not None:
-            self._checkpoints.wait()
+        try:
+            if self._checkpoints is not None:
+                self._checkpoints.wait()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
 
 
 def _checked(batches: Iterable[Batch], check: Callable[[], None], ranks: Ranks) -> Iterator[Batch]:

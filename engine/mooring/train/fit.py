@@ -522,8 +522,10 @@ def _fit(engine: Engine, test: bool, progress: Progress | None) -> RunResult:
     try:
         need = LOG_BYTES + _checkpoint_bytes(engine, begun=begun is not None)
         folder = ranks.on_first(partial(open_run_folder, out, resume=begun is not None, need_bytes=need))
+        unlocked = ranks.on_first(partial(engine.lock, out))
         # first: a refused resume must leave the folder as it was
         notes, inexact = ([], []) if begun is None else _continue(engine, begun)
+        notes += [unlocked] if unlocked is not None else []
         ranks.on_first(partial(_describe, engine, folder))
         run = Fit(engine, folder, test=test, progress=progress)
         for note in notes:

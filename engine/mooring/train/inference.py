@@ -20,13 +20,13 @@ from mooring.data.draws import draw
 from mooring.data.images import decode_rgb
 from mooring.data.manifest import Manifest, Split
 from mooring.data.quarantine import ImageProblem
-from mooring.data.regular_file import open_regular
 from mooring.data.render import render
 from mooring.data.sources import make_source
 from mooring.errors import DataError, RunFolderError
 from mooring.models.front_door import with_front_door
 from mooring.models.torchvision_shim import import_timm
 from mooring.parsing import parse_json
+from mooring.regular_file import open_regular, read_regular
 from mooring.report.run_folder import existing_run
 from mooring.train.evaluate import EvalResult, evaluate
 from mooring.train.extra_tests import measured_split, open_for_evaluation
@@ -200,7 +200,9 @@ def load_run(run: Path) -> Predictor:
     config = load_config(folder.path / "config.toml", [])
     device = choose_device("auto")
     try:
-        described = parse_json((exported / "config.json").read_text(encoding="utf-8"))
+        described = parse_json(read_regular(exported / "config.json"))
+        for file in exported.iterdir():  # timm opens what it finds there
+            open_regular(file).close()
         classes = [str(name) for name in described["label_names"]]
         augment = evaluation(ModelInput.from_model_config(described["pretrained_cfg"]))
         model = import_timm().create_model(f"local-dir:{exported}", pretrained=True)

@@ -18,8 +18,10 @@ from typing import Any, Self
 from mooring import signs
 from mooring.exit_codes import HUNG
 from mooring.parsing import parse_json
+from mooring.regular_file import open_own, read_regular
 
 FOLDER = "heartbeat"
+_ANEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 _WRITE_EVERY = 10.0  # seconds
 # Between the report of a hang and the end of the process, for the other ranks to report theirs: the first that
 # ends closes their connections.
@@ -151,13 +153,14 @@ class Heartbeat:
             }
         )
         part = self._folder / f".rank-{self._rank}.part"
-        part.write_text(text + "\n", encoding="utf-8")
+        with os.fdopen(open_own(part, _ANEW), "w", encoding="utf-8") as out:
+            out.write(text + "\n")
         part.replace(self._folder / f"rank-{self._rank}.json")
 
     def _report(self, quiet: float) -> None:
         file = self._folder / f"hang-rank-{self._rank}.txt"
         told = "\n".join(f"  rank {rank}: {what}" for rank, what in ranks_at(self._folder.parent).items())
-        with contextlib.suppress(OSError), file.open("w", encoding="utf-8") as out:
+        with contextlib.suppress(OSError), os.fdopen(open_own(file, _ANEW), "w", encoding="utf-8") as out:
             out.write(
                 f"rank {self._rank} has been in '{self._phase.name}' (step {self._phase.step}) for {quiet:.0f} s "
                 f"without a move\n\nphase of each rank:\n{told}\n\nwhere the threads of rank {self._rank} are:\n"
@@ -185,7 +188,7 @@ def ranks_at(run: Path) -> dict[int, str]:
     found: dict[int, str] = {}
     for file in sorted((run / FOLDER).glob("rank-*.json")):
         try:
-            told: dict[str, Any] = parse_json(file.read_text(encoding="utf-8"))
+            told: dict[str, Any] = parse_json(read_regular(file))
             found[int(told["rank"])] = (
                 f"'{told['phase']}', step {told['step']}, {told['seconds without a move']} s without a move at "
                 f"{told['time']}, process {told['process']} on {told['host']}"
