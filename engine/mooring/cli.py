@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _Value = TypeVar("_Value")
 
 NOT_EXACT = 1
+_LOCAL_RANK = re.compile(r"--local[_-]rank=\d+")
 
 
 class _Commands(TyperGroup):
@@ -43,6 +45,8 @@ class _Commands(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if "--debug" in args:  # allowed anywhere, as in `mooring train ... --debug`
             args = ["--debug", *(argument for argument in args if argument != "--debug")]
+        # DeepSpeed's launcher puts it before everything; the environment says it, too
+        args = [argument for argument in args if not _LOCAL_RANK.fullmatch(argument)]
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:

@@ -81,3 +81,10 @@ def test_mistakes_are_told_before_anything_starts(words: list[str], message: str
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("word", ["--local_rank=1", "--local-rank=1"])
+def test_the_word_that_launchers_put_before_the_command_is_no_option(word: str) -> None:
+    """DeepSpeed's, as in ``deepspeed --module mooring.cli train``."""
+    assert run(word, "launch", "--hostfile", "hosts", "data=photos", "--dry-run").exit_code == 0
+    assert "No such option" in run("--local_ranks=1", "launch", "data=photos", "--dry-run").output

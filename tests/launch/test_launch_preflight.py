@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import threading
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,9 +15,10 @@ from mooring.launch import facts as facts_module
 from mooring.launch.facts import Facts, Request, code_digest, data_digest, gather
 from mooring.launch.findings import Answer, findings
 from mooring.launch.hosts import Host
-from mooring.launch.preflight import Preflight, check
+from mooring.launch.plan import Command, LaunchPlan
+from mooring.launch.preflight import Preflight, check, preflight
 from mooring.launch.request import launch_request
-from mooring.launch.supervisor import LaunchError
+from mooring.launch.supervisor import LaunchError, Limits, Remote
 
 GPU = {"name": "NVIDIA H200", "driver": "570.1", "memory": "143771 MiB"}
 GOOD = Facts(
@@ -191,3 +193,22 @@ def test_nothing_is_tried_where_something_is_missing(tmp_path: Path) -> None:
     assert [finding.check for finding in result.found] == ["data"]
     assert result.collective is None
     assert not result.ready
+
+
+def test_a_result_behind_a_host_name_is_read(tmp_path: Path) -> None:
+    """pdsh puts the host's name before every line."""
+    (tmp_path / "x.jpg").write_bytes(b"1")
+    said = """print('node0: {"world": 2, "backend": "gloo", "gigabytes_per_second": 0.5}')"""
+    host = Host("localhost", 2)
+    result = preflight(
+        [host],
+        replace(asked(tmp_path, free_port()), files=()),
+        collective=lambda: LaunchPlan("x", (Command(host, range(2), (sys.executable, "-c", said)),), 2),
+        remote=Remote(),
+        limits=Limits(connect=120, silence=120),
+        cwd=str(tmp_path),
+        python=sys.executable,
+        environment={},
+        need_bytes=0,
+    )
+    assert result.collective is not None and result.collective["world"] == 2

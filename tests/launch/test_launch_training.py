@@ -111,7 +111,7 @@ def test_two_nodes_train_as_one_process(
             "launch",
             "--hostfile",
             "hosts",
-            "--no-preflight",
+            *([] if "--pdsh" in launcher else ["--no-preflight"]),
             *launcher,
             "recipe.toml",
             *settings,

@@ -148,8 +148,9 @@ def preflight(
     except LaunchError as err:
         return replace(result, collective_problem=str(err))
     for line in "".join(written).splitlines():
-        if line.startswith('{"world"'):
-            return replace(result, collective=json.loads(line))
+        _, found, rest = line.partition('{"world"')  # pdsh puts the host's name before it
+        if found:
+            return replace(result, collective=json.loads(found + rest))
     return replace(result, collective_problem="it ended without a result")
 
 

@@ -102,6 +102,11 @@ class Fit:
         try:
             with self.progress, self.interrupt, self.health.heartbeat:
                 self.progress.start(engine.plan(), engine.config.train.epochs)
+                if (places := len(set(self.checkpoints.store.keepers))) > 1:
+                    self.progress.note(
+                        f"the run folder is on {places} file systems: each keeps the state of its own ranks; log, results "
+                        "and model are on rank 0's"
+                    )
                 try:
                     self._epochs_or_kept()
                     val, test = self._finish()
