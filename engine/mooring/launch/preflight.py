@@ -148,9 +148,9 @@ def preflight(
     except LaunchError as err:
         return replace(result, collective_problem=str(err))
     for line in "".join(written).splitlines():
-        _, found, rest = line.partition('{"world"')  # pdsh puts the host's name before it
-        if found:
-            return replace(result, collective=json.loads(found + rest))
+        _, begin, rest = line.partition('{"world"')  # pdsh puts the host's name before it
+        if begin:
+            return replace(result, collective=json.loads(begin + rest))
     return replace(result, collective_problem="it ended without a result")
 
 
