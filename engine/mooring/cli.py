@@ -25,6 +25,8 @@ from typer.core import TyperCommand, TyperGroup
 from mooring import signs
 from mooring.errors import ConfigError, DataError, MooringError
 from mooring.exit_codes import CRASHED, INTERRUPTED, LOST, PREEMPTED, USER_ERROR
+from mooring.report.terminal import stderr
+from mooring.stop_signals import leave_when_preempted
 
 if TYPE_CHECKING:
     from mooring.config.schema import RunConfig
@@ -154,7 +156,7 @@ def _stdout() -> Console:
 
 
 def _fail(title: str, message: str) -> None:
-    console = Console(stderr=True, highlight=False)
+    console = Console(file=stderr(), highlight=False)
     if not console.is_terminal:  # logs and pipes: whole lines, no frame, nothing wrapped
         console.print(f"{title}: {escape(message)}", soft_wrap=True)
         return
@@ -283,6 +285,7 @@ def train(
     ] = 0,
 ) -> None:
     """Fine-tune a model on a folder of labelled images."""
+    leave_when_preempted()
     from mooring.config.load import load_config
 
     recipe, overrides = _recipe_and_overrides(arguments or [])
@@ -310,6 +313,7 @@ def resume_run(
     allow_inexact: _AllowInexact = False,
 ) -> None:
     """Continue a run from its newest whole checkpoint, bit for bit."""
+    leave_when_preempted()
     from mooring.config.load import load_config
 
     overrides = [*(arguments or []), f"resume={run}", *(["allow_inexact=true"] if allow_inexact else [])]
@@ -895,7 +899,7 @@ def _image_files(named: list[Path]) -> dict[Path, bool]:
 
 
 def _warn(message: str) -> None:
-    Console(stderr=True, highlight=False).print(f"[yellow]warning[/] {escape(message)}", soft_wrap=True)
+    Console(file=stderr(), highlight=False).print(f"[yellow]warning[/] {escape(message)}", soft_wrap=True)
 
 
 def _recipe_and_overrides(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -938,7 +942,7 @@ def _check_hosts(request: LaunchRequest, config: RunConfig) -> None:
     if weights == "auto" and cached_weights(config.model.name).is_file():
         files = [cached_weights(config.model.name)]
     result = check(request, data=config.data.path, out=out, files=files, cwd=Path.cwd())
-    console = Console(stderr=True, highlight=False)
+    console = Console(file=stderr(), highlight=False)
     for table in result.tables():
         console.print(table)
     result.require_ready()
@@ -951,7 +955,7 @@ def _print_data_notes(config: RunConfig, manifest: Manifest) -> None:
 
     if resolve_mode(config.report.progress) == "quiet":
         return
-    console = Console(stderr=True, highlight=False)
+    console = Console(file=stderr(), highlight=False)
     for note in manifest.notes:
         console.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
     if manifest.quarantine:

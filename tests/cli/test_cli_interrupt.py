@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mooring.exit_codes import PREEMPTED
+from mooring.exit_codes import PREEMPTED, USER_ERROR
 from mooring.state.store import checkpoints_of
 from mooring.train.inference import load_run
 
@@ -39,10 +40,10 @@ def words(tmp_path: Path) -> list[str]:
 
 
 @contextmanager
-def running(words: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
+def running(words: list[str], folder: Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
     environment = {**os.environ, "MOORING_CACHE": str(folder / "cache")}
     process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
     )
     try:
         yield process
@@ -54,7 +55,8 @@ def running(words: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
 def wait_until(reached: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     give_up = time.monotonic() + 240
     while not reached():
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        told = process.stderr is not None and not process.stderr.closed
+        assert process.poll() is None, process.stderr.read() if told else process.returncode
         assert time.monotonic() < give_up
         time.sleep(0.1)
 
@@ -116,3 +118,64 @@ def test_the_second_signal_leaves_at_once(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (-signal.SIGTERM, "asked\nTrue\n"), done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_whole_group_spares_the_processes_that_read_images(
+    words: list[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    """As a scheduler, a terminal or ``kill -- -PID`` sends it, with more than one process that prepares images."""
+    run = tmp_path / "run"
+    with running([*words, "data.workers=2"], tmp_path, start_new_session=True) as process:
+        wait_until(lambda: epochs_logged(run) > 0, process)
+        os.killpg(process.pid, number)
+        _, errors = process.communicate(timeout=240)
+    assert process.returncode == PREEMPTED, errors
+    assert errors.count("interrupted: finishing this step") == 1
+    found = checkpoints_of(run).newest()
+    assert found.ref is not None and found.ref.reason == "stopped"
+
+
+def test_a_process_that_reads_images_and_dies_is_named_and_the_state_kept(
+    words: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with running([*words, "data.workers=2"], tmp_path) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        if not children.exists():
+            pytest.skip("this system does not list the children of a process")
+        wait_until(lambda: epochs_logged(run) > 0, process)
+        wait_until(lambda: len(children.read_text().split()) > 1, process)
+        os.kill(
+            int(children.read_text().split()[-1]), signal.SIGKILL
+        )  # as the kernel does where memory runs out
+        _, errors = process.communicate(timeout=240)
+    said = " ".join(errors.replace("│", " ").split())
+    assert process.returncode == USER_ERROR, errors
+    assert "a process that prepares images is gone" in said and "fewer data.workers" in said
+    assert "the state before it is kept" in said
+    assert checkpoints_of(run).newest().ref is not None
+
+
+@pytest.mark.parametrize("more", [[], ["--restarts", "1"]], ids=["alone", "with restarts"])
+def test_a_preemption_before_there_is_anything_to_save_is_one(
+    words: list[str], tmp_path: Path, more: list[str]
+) -> None:
+    with running([*words, *more], tmp_path) as process:
+        time.sleep(1.5)  # somewhere in its imports and its scan: wherever it is, the answer is the same
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=240)
+    assert process.returncode == PREEMPTED, errors
+    assert "Traceback" not in errors
+
+
+def test_a_run_outlives_who_reads_what_it_says(words: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with running(words, tmp_path) as process:
+        assert process.stderr is not None
+        process.stderr.close()
+        wait_until(lambda: epochs_logged(run) > 1, process)
+        process.send_signal(signal.SIGTERM)
+        process.wait(240)
+    assert process.returncode == PREEMPTED
+    assert checkpoints_of(run).newest().ref is not None

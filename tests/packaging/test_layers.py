@@ -10,11 +10,20 @@ import pytest
 
 # room -> the other rooms of `mooring` it may import. A room is a subpackage, or a module at the top.
 _GROUND = {
-    "collectives", "errors", "exit_codes", "parsing", "distributed", "regular_file", "signs", "traffic",
-}  # fmt: skip
+    "collectives",
+    "errors",
+    "exit_codes",
+    "parsing",
+    "distributed",
+    "regular_file",
+    "signs",
+    "stop_signals",
+    "traffic",
+}
 ALLOWED: dict[str, set[str]] = {
     "exit_codes": set(),
     "signs": set(),
+    "stop_signals": {"exit_codes"},
     "errors": {"exit_codes"},
     "parsing": set(),
     "regular_file": set(),

@@ -19,6 +19,7 @@ from mooring.data.prefetch import Prefetcher
 from mooring.data.reading import decode_row, read_row
 from mooring.data.render import render
 from mooring.data.source import BatchStream, EpochSource, describe
+from mooring.data.worker_signals import end_with_parent, undisturbed_workers
 from mooring.errors import DataError
 
 
@@ -107,21 +108,31 @@ class _WorkerStream:
         self, maker: _BatchMaker, requests: Iterator[BatchRequest], workers: int, device: torch.device
     ) -> None:
         self._device = device
-        self._batches: Iterator[Any] | None = iter(
-            DataLoader(
-                maker,
-                batch_size=None,  # a request is a whole batch already
-                sampler=_Requests(requests),
-                num_workers=workers,
-                collate_fn=_as_made,
-                prefetch_factor=2,
-            )
+        loader = DataLoader(
+            maker,
+            batch_size=None,  # a request is a whole batch already
+            sampler=_Requests(requests),
+            num_workers=workers,
+            collate_fn=_as_made,
+            prefetch_factor=2,
+            worker_init_fn=end_with_parent,
         )
+        with undisturbed_workers():
+            self._batches: Iterator[Any] | None = iter(loader)
 
     def __next__(self) -> Batch:
         if self._batches is None:
             raise StopIteration
-        return _unwrapped(next(self._batches)).to(self._device)
+        try:
+            made = next(self._batches)
+        except RuntimeError as err:
+            if "DataLoader worker" not in str(err):
+                raise
+            raise DataError(
+                f"a process that prepares images is gone ({str(err).splitlines()[0]}): where memory ran out, take "
+                "fewer data.workers or a smaller train.batch_size"
+            ) from err
+        return _unwrapped(made).to(self._device)
 
     def close(self) -> None:
         self._batches = None  # the DataLoader's iterator ends its workers when it goes

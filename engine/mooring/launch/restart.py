@@ -9,8 +9,7 @@ from types import FrameType
 
 from mooring.exit_codes import HUNG, PREEMPTED, would_come_again
 from mooring.launch.parent_death import ended_with_its_parent
-
-_PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
+from mooring.stop_signals import PREEMPTION, is_unwanted
 
 
 def run_with_restarts(
@@ -45,18 +44,24 @@ def run_with_restarts(
     def wait_for_it(number: int, frame: FrameType | None) -> None:
         told_to_stop.append(number)
 
-    handlers = {signal.SIGINT: wait_for_it, **dict.fromkeys(_PASSED_ON, pass_on)}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    handlers = {signal.SIGINT: wait_for_it, **dict.fromkeys(PREEMPTION, pass_on)}
+    before = {
+        number: signal.signal(number, handler)
+        for number, handler in handlers.items()
+        if not is_unwanted(number)
+    }
     code = 0
     try:
         for attempt in range(restarts + 1):
             # a command without this process would go on, unknown to whoever starts it anew
             process = subprocess.Popen(again if attempt else first, preexec_fn=ended_with_its_parent())
             running[:] = [process]
-            if told_to_stop and told_to_stop[-1] in _PASSED_ON:  # came between two commands
+            if told_to_stop and told_to_stop[-1] in PREEMPTION:  # came between two commands
                 process.send_signal(told_to_stop[-1])
             code = process.wait()
             running.clear()
+            if told_to_stop and code == -told_to_stop[-1] and told_to_stop[-1] in PREEMPTION:
+                code = PREEMPTED  # it had not come so far as to say so itself
             if would_come_again(code) or told_to_stop or attempt == restarts:
                 break
             note(

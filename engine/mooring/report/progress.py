@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TaskID,
 from rich.progress import Progress as RichProgress
 
 from mooring.report.metrics import counted, duration, metric, shown_metrics
+from mooring.report.terminal import stderr
 
 Mode = Literal["auto", "bar", "plain", "quiet"]
 _EVALUATION_ORDER = (
@@ -153,7 +154,7 @@ class PlainProgress(_Shown):
         self._last = -float("inf")
 
     def line(self, text: str) -> None:
-        print(text, file=self._file if self._file is not None else sys.stderr, flush=True)
+        print(text, file=self._file if self._file is not None else stderr(), flush=True)
 
     def start(self, plan: Plan, epochs: int) -> None:
         super().start(plan, epochs)
@@ -176,7 +177,7 @@ class BarProgress(_Shown):
         self, console: Console | None = None, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         super().__init__(clock)
-        self._console = console if console is not None else Console(stderr=True)
+        self._console = console if console is not None else Console(file=stderr())
         columns: list[ProgressColumn] = [
             TextColumn("{task.description}"),
             BarColumn(),
@@ -247,7 +248,7 @@ def counting(description: str, unit: str, mode: Mode = "auto") -> Iterator[Calla
             if time.monotonic() - last >= 15 or done == total:
                 last = time.monotonic()
                 rate = done / max(last - started, 1e-9)
-                print(f"{description}: {done}/{total} {unit}, {rate:.0f}/s", file=sys.stderr, flush=True)
+                print(f"{description}: {done}/{total} {unit}, {rate:.0f}/s", file=stderr(), flush=True)
 
         yield plain
         return
@@ -257,7 +258,7 @@ def counting(description: str, unit: str, mode: Mode = "auto") -> Iterator[Calla
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
     ]
-    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with RichProgress(*columns, console=Console(file=stderr()), transient=True) as bar:
         task = bar.add_task(description, total=None, rate="")
 
         def live(done: int, total: int) -> None:

@@ -20,7 +20,7 @@ from mooring.config.schema import RunConfig
 from mooring.data.batch import Batch
 from mooring.data.source import EpochSource
 from mooring.distributed import Ranks, init_from_environment
-from mooring.errors import ConfigError, RunFolderError
+from mooring.errors import ConfigError, DataError, RunFolderError
 from mooring.methods.base import At, SetupContext, StepOutput
 from mooring.models.batchnorm_sync import average_statistics_
 from mooring.report.progress import Progress
@@ -214,6 +214,7 @@ class Engine:
         Raises:
             NonFiniteError: the loss or a gradient is not finite, and ``health`` says to stop. The engine is where it
                 was before the step.
+            DataError: an image of the source task cannot be read, here or on another rank; the same holds.
         """
         self.prepare()
         if not self.method.training:
@@ -224,11 +225,15 @@ class Engine:
         micros = len(group)
         lr = self._set_learning_rates()
         self.health.before_step()
+        sources = self._source_batches(micros)
         self.method.before_step(self._at(0, micros))
         outputs: list[StepOutput] = []
         placed: list[Batch] = []
-        for micro, item in enumerate(group):
-            moved = self._counted(self._with_source(self.mixer(item.to(self.backend.device))))
+        for micro, (item, source) in enumerate(zip(group, sources, strict=True)):
+            moved = self.mixer(item.to(self.backend.device))
+            if source is not None:
+                moved = replace(moved, source=source.to(self.backend.device))
+            moved = self._counted(moved)
             output = self.backend.forward(moved, self._at(micro, micros))
             self.health.phase.enter("backward")
             self.backend.backward(output.loss / micros, last=micro == micros - 1)
@@ -259,16 +264,25 @@ class Engine:
         total = all_reduce_((batch.labels >= 0).sum().float(), self.ranks, "rows")
         return replace(batch, mean_rows=total / self.ranks.world)
 
-    def _with_source(self, batch: Batch) -> Batch:
-        """The batch with as many rows of the source stream as this step reads."""
-        if self.source_stream is None:
-            return batch
+    def _source_batches(self, micros: int) -> list[Batch | None]:
+        """For each micro-batch as many rows of the source stream as this step reads.
+
+        All are read before anything is computed, so that where one cannot be, the state is that from before the step.
+        """
+        stream = self.source_stream
+        if stream is None:
+            return [None] * micros
         rows = self.method.source_rows(self._at())
         if rows == 0:
-            self.source_stream.close()  # what reads ahead would read for nothing
-            return batch
+            stream.close()  # what reads ahead would read for nothing
+            return [None] * micros
         rows = -(-rows // self.ranks.world)
-        return replace(batch, source=self.source_stream.take(rows).to(self.backend.device))
+        before = stream.state_dict()
+        try:
+            return list(agreed((stream.take(rows) for _ in range(micros)), self.ranks))
+        except DataError:
+            stream.load_state_dict(before)
+            raise
 
     def _set_learning_rates(self) -> float:
         """Sets every group's rate for this step; returns the first one's: the backbone's, or the head's in a probe."""

@@ -13,9 +13,8 @@ from typing import Any, Self
 import torch
 
 from mooring.distributed import ALONE, Ranks
+from mooring.stop_signals import PREEMPTION, STOPS, is_unwanted
 
-# A scheduler that takes the machine away sends one of these, often to every process of the job.
-_PREEMPTION = (signal.SIGTERM, signal.SIGUSR1)
 # One preemption may arrive more than once, from the scheduler and from a parent process that passes it on.
 _SAME_REQUEST_SECONDS = 0.5
 
@@ -33,7 +32,7 @@ class Stopped(Exception):
 
 
 class Interrupt:
-    """Turns the first SIGINT, SIGTERM or SIGUSR1 into a request that ``check`` answers; the second ends the program.
+    """Turns the first of ``STOPS`` into a request that ``check`` answers; the second ends the program.
 
     Args:
         on_request: called once, from the signal handler, when the request comes in.
@@ -50,8 +49,9 @@ class Interrupt:
     def __enter__(self) -> Self:
         # only the main thread may set handlers; elsewhere signals are that thread's owner's business
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, *_PREEMPTION):
-                self._before[number] = signal.signal(number, self._handle)
+            for number in STOPS:
+                if not is_unwanted(number):
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -81,4 +81,4 @@ class Interrupt:
         """
         asked = self._ranks.all_reduce_(torch.tensor(self._requested or 0), "max").item()
         if asked:
-            raise Stopped(preempted=asked in _PREEMPTION)
+            raise Stopped(preempted=asked in PREEMPTION)
