@@ -162,18 +162,24 @@ def test_adamw(two_ranks: RankPool, stage: int) -> None:
     equal_to_one_process(two_ranks, "lp_ft", "vit", optimizer="adamw", **deepspeed(stage))
 
 
-@pytest.mark.slow
+OFFLOADED = [
+    (1, {"offload_optimizer": True}),
+    (2, {"offload_optimizer": True}),
+    (3, {"offload_optimizer": True}),
+    (3, {"offload_parameters": True}),
+    (3, {"offload_optimizer": True, "offload_parameters": True}),
+]
+
+
 @pytest.mark.parametrize(
     "stage, settings",
-    [
-        (1, {"offload_optimizer": True}),
-        (2, {"offload_optimizer": True}),
-        (3, {"offload_optimizer": True}),
-        (3, {"offload_optimizer": True, "offload_parameters": True}),
-    ],
+    [pytest.param(*case, marks=case_mark(always=case == OFFLOADED[-1])) for case in OFFLOADED],
 )
-def test_offloading(two_ranks: RankPool, stage: int, settings: dict[str, Any]) -> None:
-    equal_to_one_process(two_ranks, "dr_tune", "vit", **deepspeed(stage, **settings))
+@pytest.mark.parametrize("method", ["dr_tune", pytest.param("lp_ft", marks=pytest.mark.slow)])
+def test_offloading(two_ranks: RankPool, method: str, stage: int, settings: dict[str, Any]) -> None:
+    """Two micro-batches, a clipped gradient, AdamW; parameters that rest."""
+    case = {"micros": 2, "clip": 0.5, "optimizer": "adamw", "classes": MANY_CLASSES}
+    equal_to_one_process(two_ranks, method, "vit", **case, **deepspeed(stage, **settings))
 
 
 @pytest.mark.slow
