@@ -140,17 +140,16 @@ def bank_traffic(sizes: Sizes, mode: str, world: int, rows: int, statistics: int
 
     Args:
         sizes: of the method.
-        mode: ``private``: nothing; ``gathered``: every rank gets all new rows; ``sharded``: class statistics and
-            log-sum-exps are summed.
+        mode: ``private``: nothing; ``gathered``: every rank gets all new rows; ``sharded``: so it does, to keep its
+            share, and statistics are summed.
         world: ranks.
         rows: new rows of one rank.
         statistics: bytes that are summed where the bank is sharded.
     """
     if world == 1 or not sizes.banks or mode == "private":
         return 0.0
-    if mode == "gathered":
-        return (world - 1) * rows * sizes.bank_row
-    return 2 * (world - 1) / world * statistics
+    gathered = (world - 1) * rows * sizes.bank_row
+    return gathered if mode == "gathered" else gathered + 2 * (world - 1) / world * statistics
 
 
 def bank_bytes(sizes: Sizes, mode: str, world: int) -> float:

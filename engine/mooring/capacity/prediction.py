@@ -20,6 +20,7 @@ from mooring.capacity.partition import (
 )
 from mooring.capacity.rates import Rates
 from mooring.capacity.step import Sizes, Traced, build_subject, sizes, traced_step
+from mooring.config.contrast_settings import BiTuningSettings
 from mooring.config.method_settings import CombinedSettings
 from mooring.config.schema import RunConfig
 from mooring.errors import ConfigError
@@ -148,7 +149,9 @@ class Predictor:
         """How ranks share the feature banks: as the method's settings say."""
         method = self.config.method
         parts = method.parts if isinstance(method, CombinedSettings) else (method,)
-        return next((scope for part in parts if (scope := getattr(part, "bank_scope", None))), "gathered")
+        names = ("bank_scope", "queue_scope")
+        given = (getattr(part, name, None) for part in parts for name in names)
+        return next((scope for scope in given if scope is not None), "gathered")
 
     def share(self, cluster: Cluster) -> int:
         """Images of one rank in a micro-batch: its share of ``train.batch_size``, rounded up."""
@@ -184,10 +187,9 @@ class Predictor:
         work, world = self.workload(checkpointing=checkpointing), cluster.world
         each = numbers(optimizer.name, stage, momentum=optimizer.momentum > 0)
         model = states(self.sizes, each, stage, world)
-        sent = traffic(
-            self.sizes, each, stage, world, accumulate=accumulate,
-            bank=bank_traffic(self.sizes, self.bank, world, batch * accumulate, self._statistics(batch * accumulate)),
-        )  # fmt: skip
+        rows = batch * accumulate
+        bank = bank_traffic(self.sizes, self.bank, world, rows, self._statistics(rows, world))
+        sent = traffic(self.sizes, each, stage, world, accumulate=accumulate, bank=bank)
         if world == 1 and accumulate == 1 and stage == 0:
             activations = max(0.0, self._peak_with_gradients(batch, checkpointing) - model.gradients)
         else:
@@ -220,9 +222,20 @@ class Predictor:
             self.config, self.num_classes, batch, precision=self.precision, checkpointing=checkpointing
         )
 
-    def _statistics(self, rows: int) -> int:
-        """Bytes that a sharded bank sums: two [C, D] sums and C counts, two numbers a row, in fp32."""
-        return 4 * (2 * self.num_classes * self.feature_dim + self.num_classes + 2 * rows)
+    def _statistics(self, rows: int, world: int) -> int:
+        """Bytes that a sharded bank sums beside its new rows; ``rows`` are those of one rank.
+
+        DR-Tune: two [C, D] sums and C counts, two numbers a row, in fp32. Class queues: the queries of all ranks are
+        gathered and their gradients reduced, together as much as one sum over them; four numbers each.
+        """
+        method = self.config.method
+        parts = method.parts if isinstance(method, CombinedSettings) else (method,)
+        if not any(hasattr(part, "queue_scope") for part in parts):
+            return 4 * (2 * self.num_classes * self.feature_dim + self.num_classes + 2 * rows)
+        bi_tuning = next((part for part in parts if isinstance(part, BiTuningSettings)), None)
+        # of Concept-Tuning the keys of a batch's own patches go to all ranks before they are queued, too
+        query = 3 * self.sizes.bank_row // 2 if bi_tuning is None else 4 * bi_tuning.embed_width
+        return world * rows * (query + 2 * 4 * 4)
 
     def _seconds(
         self,

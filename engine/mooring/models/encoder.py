@@ -80,9 +80,10 @@ class Encoder(nn.Module):
         self.deferred = deferred
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Encoder:
+        if self.deferred is None:
+            return super()._apply(fn, recurse)
         # what has no storage yet cannot be moved: it is loaded onto the device
-        super()._apply(lambda tensor: tensor if tensor.is_meta else fn(tensor), recurse)
-        return self
+        return super()._apply(lambda tensor: tensor if tensor.is_meta else fn(tensor), recurse)
 
     def forward(self, images: Tensor) -> Tensor:
         """Pooled features [B, D] of normalised images [B, 3, H, W], as they enter timm's classifier."""
