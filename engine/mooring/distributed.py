@@ -248,6 +248,15 @@ def is_lost_rank(err: BaseException) -> bool:
     return isinstance(err, RuntimeError) and any(word in str(err) for word in _GLOO_LOST)
 
 
+def init_alone() -> None:
+    """A process group of this process alone, for libraries that want one; does nothing where there is a group."""
+    if dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    atexit.register(_leave)
+
+
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -115,15 +115,26 @@ def test_deepspeed_runs_validates_averages_and_exports(
 
 
 @pytest.mark.parametrize(
-    "backend",
-    [{"name": "ddp"}, {"name": "deepspeed", "zero_stage": 1}, {"name": "deepspeed", "zero_stage": 3}],
-    ids=lambda backend: backend["name"] + str(backend.get("zero_stage", "")),
+    "stage, precision",
+    [
+        ("ddp", "fp32"),
+        (1, "fp32"),
+        (2, "bf16"),
+        (3, "fp32"),
+        *(pytest.param(s, "fp32", marks=pytest.mark.slow) for s in (0, 2)),
+        *(pytest.param(s, "bf16", marks=pytest.mark.slow) for s in (0, 1, 3)),
+    ],
 )
 def test_a_signal_to_one_rank_stops_all_and_the_run_continues_exactly(
-    two_ranks: RankPool, recipe: dict[str, Any], tmp_path: Path, backend: dict[str, Any]
+    two_ranks: RankPool, recipe: dict[str, Any], tmp_path: Path, stage: int | str, precision: str
 ) -> None:
     """DR-Tune with banks of their own: each rank's state is in its part of the checkpoint."""
-    private = with_changes(recipe, method={"bank_scope": "private"}) | {"backend": backend}
+    backend: dict[str, Any] = {"name": "ddp"}
+    if isinstance(stage, int):
+        file = str(divided(tmp_path))
+        backend = {"name": "deepspeed", "zero_stage": stage, "deepspeed_config": file}
+    private = with_changes(recipe, method={"bank_scope": "private"}, train={"precision": precision})
+    private["backend"] = backend
     whole = two_ranks.run("run_cases:fit", **private, out=str(tmp_path / "whole"))
     parts = two_ranks.run("run_cases:stopped_and_continued", steps=7, **private, out=str(tmp_path / "parts"))
     for one, other in zip(whole, parts, strict=True):

@@ -40,6 +40,7 @@ from mooring.data.text_features import class_text_features
 from mooring.errors import MooringError
 from mooring.models.weights import read_state_dict
 from mooring.report.metrics_log import read_metrics
+from mooring.state.encoding import read_all, view_tree
 from mooring.state.tree import load_tree, save_tree
 
 MAX_PIXELS = 250_000  # keeps what a damaged header may ask for small
@@ -357,6 +358,16 @@ def damaged_state(rng: random.Random, folder: Path) -> None:
         written(folder, f"state/{file}", data)
     with contextlib.suppress(MooringError):
         load_tree(folder / "state")
+
+
+@of_folder("state looked at")
+def damaged_view(rng: random.Random, folder: Path) -> None:
+    """The files of a state of which parts are read when they are asked for."""
+    files = dict(_state_files())
+    name = rng.choice(("tree.json", "tensors.safetensors"))
+    files[name] = (damaged_json if name == "tree.json" else damaged_bytes)(files[name], rng)
+    with contextlib.suppress(ValueError):
+        read_all(view_tree(files["tree.json"], written(folder, "tensors", files["tensors.safetensors"])))
 
 
 @cache

@@ -117,6 +117,16 @@ def make_config(inputs: Path, out: Path, method: str, source: str, **changes: An
     return RunConfig.model_validate(tables)
 
 
+def zero(inputs: Path, stage: int) -> dict[str, Any]:
+    """DeepSpeed's backend, which by default leaves small parameters whole at stage 3: here none is."""
+    file = inputs / "divided.json"
+    if not file.exists():
+        Ranks.here().on_first(
+            lambda: file.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+        )
+    return {"name": "deepspeed", "zero_stage": stage, "deepspeed_config": str(file)}
+
+
 # ---------------------------------------------------------------- runs
 
 
@@ -235,25 +245,27 @@ STOPS: dict[str, Callable[[Engine], None]] = {
 _undisturbed: dict[tuple[str, ...], tuple[dict[str, Any], Ids]] = {}
 
 
-def case(inputs: str, folder: str, method: str, source: str, position: str) -> int:
+def case(inputs: str, folder: str, method: str, source: str, position: str, stage: int | None = None) -> int:
     """An interrupted run against the one that nothing interrupts, on this rank; returns how many tensors are equal.
 
     Args:
         inputs: of ``write_inputs``, for as many processes as there are here.
         folder: for the runs; that of the undisturbed one is kept in it.
         method, source, position: which case.
+        stage: of DeepSpeed's ZeRO; None: the backend of ``make_config``.
     """
     rank = Ranks.here().rank
-    name = f"{method}-{source}"
+    name = f"{method}-{source}" + ("" if stage is None else f"-zero{stage}")
+    changes = {} if stage is None else {"backend": zero(Path(inputs), stage)}
     key = (inputs, folder, name)
     if key not in _undisturbed:
         ids: Ids = {}
-        config = make_config(Path(inputs), Path(folder) / name, method, source)
+        config = make_config(Path(inputs), Path(folder) / name, method, source, **changes)
         assert not run(config, ids)
         _undisturbed[key] = outcome(Path(folder) / name, rank), ids
     wanted, ids = _undisturbed[key]
     out = Path(folder) / f"{name}-{position}"
-    assert interrupted_run(make_config(Path(inputs), out, method, source), position) == ids
+    assert interrupted_run(make_config(Path(inputs), out, method, source, **changes), position) == ids
     return assert_equal(wanted, outcome(out, rank))
 
 

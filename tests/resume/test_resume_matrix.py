@@ -82,3 +82,24 @@ def test_an_interrupted_run_is_the_undisturbed_one(
         pool: RankPool = request.getfixturevalue("two_ranks")
         compared = pool.run("resume_cases:case", seconds=900, **arguments)
     assert len(compared) == world and min(compared) > 100
+
+
+# where a probe rests, a bank, a conversion, a queue with a momentum encoder; parameters in many groups
+DIVIDED = ("dr_tune", "fine_tune", "lp_ft", "daft", "bi_tuning")
+DIVIDED_ALWAYS = {("dr_tune", "accumulation", 3), ("lp_ft", "mid_epoch", 1), ("bi_tuning", "validation", 3)}
+
+
+@pytest.mark.parametrize(
+    ("method", "position", "stage"),
+    [
+        pytest.param(*cell, marks=() if cell in DIVIDED_ALWAYS else pytest.mark.slow)
+        for cell in product(DIVIDED, ("mid_epoch", "accumulation", "validation"), (1, 3))
+    ],
+)
+def test_so_it_is_where_ranks_divide_the_state(
+    method: str, position: str, stage: int, places: dict[int, tuple[str, str]], two_ranks: RankPool
+) -> None:
+    inputs, folder = places[2]
+    arguments = {"inputs": inputs, "folder": folder, "method": method, "source": "torch"}
+    compared = two_ranks.run("resume_cases:case", seconds=900, position=position, stage=stage, **arguments)
+    assert min(compared) > 50

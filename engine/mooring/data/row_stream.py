@@ -73,6 +73,15 @@ class RowStream:
         self.source.load_state_dict(state["source"])
         self._batches, self._held, self._used = iter(()), None, int(state["used"])
 
+    def resharded_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The same place, where another number of ranks saved it; rows that they cannot share are read again.
+
+        Raises:
+            DataError: as ``EpochSource.resharded_state``.
+        """
+        source = self.source.resharded_state(state["source"])
+        return {"source": source, "used": state["used"] * state["source"]["world"] // source["world"]}
+
     def close(self) -> None:
         """Ends the background work; the stream goes on where it stood when it is used again."""
         self.source.close()

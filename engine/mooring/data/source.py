@@ -200,6 +200,20 @@ class EpochSource(ABC):
         )
         self._epoch, self._position = epoch, position
 
+    def resharded_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The same place, where another number of ranks saved it: their batches together were as large.
+
+        Raises:
+            DataError: they were not.
+        """
+        saved, own = state["batch_size"] * state["world"], self.batch_size * self._order.world
+        if saved != own:
+            raise DataError(
+                f"expected a loader state of batches of {own} rows on all processes together; got {saved}: keep "
+                "train.batch_size (and method.source_batch_size), which count the images of all processes"
+            )
+        return {**state, "batch_size": self.batch_size, "world": self._order.world}
+
     def _identity(self) -> dict[str, Any]:
         """What must agree for a state to mean the same batches."""
         return {

@@ -346,6 +346,17 @@ class Method(nn.Module):
         """What is neither parameter nor buffer: banks, rotation, counters; of a frozen encoder, what tells it apart."""
         return {"frozen_encoder": self._frozen_digest()} if self._frozen else {}
 
+    def resharded_state(self, states: Sequence[StateTree]) -> StateTree:
+        """This rank's ``extra_state`` where another number of ranks saved theirs, for ``load_extra_state``.
+
+        By default rank 0's: what the ranks keep is the same on each (anchors, counters, streams that all draw from
+        alike). A method with banks or statistics of its own brings those of all ranks together.
+
+        Args:
+            states: by rank; what is not looked at is not read.
+        """
+        return states[0]
+
     def load_extra_state(self, state: StateTree) -> None:
         """Restores what ``extra_state`` returned, bit for bit.
 

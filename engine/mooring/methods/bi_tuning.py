@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mooring.config.contrast_settings import BiTuningSettings
 from mooring.data.batch import Batch
 from mooring.methods.bank import BankSpec, FeatureBank
+from mooring.methods.bank_resharding import resharded_bank
 from mooring.methods.base import At, Method, Needs, SetupContext, StateTree, StepOutput
 from mooring.methods.forward import Forward
 from mooring.methods.momentum import MomentumCopy
@@ -164,6 +165,12 @@ class BiTuning(Method):
 
     def extra_state(self) -> StateTree:
         return {"key": self.key.state(), "queue": self.queue.state_dict()}
+
+    def resharded_state(self, states: Sequence[StateTree]) -> StateTree:
+        return {
+            "key": self.key.resharded_state([state["key"] for state in states]),
+            "queue": resharded_bank(self.queue.spec, self.ranks, [state["queue"] for state in states]),
+        }
 
     def load_extra_state(self, state: StateTree) -> None:
         self.queue.load_state_dict(state["queue"])

@@ -207,6 +207,11 @@ class Combined(Method):
     def extra_state(self) -> StateTree:
         return {part.name: part.extra_state() for part in self.members}
 
+    def resharded_state(self, states: Sequence[StateTree]) -> StateTree:
+        return {
+            part.name: part.resharded_state([state[part.name] for state in states]) for part in self.members
+        }
+
     def load_extra_state(self, state: StateTree) -> None:
         for part in self.members:
             part.load_extra_state(state[part.name])

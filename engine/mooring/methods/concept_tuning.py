@@ -16,6 +16,7 @@ from mooring.config.concept_settings import ConceptTuningSettings
 from mooring.data.batch import Batch
 from mooring.errors import ConfigError
 from mooring.methods.bank import BankSpec, FeatureBank
+from mooring.methods.bank_resharding import resharded_bank
 from mooring.methods.base import At, Method, Needs, SetupContext, StateTree, StepOutput
 from mooring.methods.classification import batch_cross_entropy
 from mooring.methods.concept_patches import crop_patches, embed_patches, patch_side_at
@@ -472,6 +473,19 @@ class ConceptTuning(Method):
             "key": self.key.state(),
             "queues": {name: queue.state_dict() for name, queue in self._queues.items()},
             "draws": {name: generator.get_state() for name, generator in self._draws.items()},
+        }
+
+    def resharded_state(self, states: Sequence[StateTree]) -> StateTree:
+        return {
+            **states[0],
+            "key": self.key.resharded_state([state["key"] for state in states]),
+            "queues": {
+                name: resharded_bank(
+                    self._queues[name].spec, self.ranks, [state["queues"][name] for state in states]
+                )
+                for name in states[0]["queues"]
+                if name in self._queues
+            },
         }
 
     def load_extra_state(self, state: StateTree) -> None:

@@ -8,7 +8,7 @@ now. The regulariser touches the head alone: the encoder is never tied to its ol
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from mooring.collectives import all_reduce_, broadcast_
 from mooring.config.method_settings import DRTuneSettings
 from mooring.data.batch import Batch
 from mooring.methods.bank import BankSpec, FeatureBank
+from mooring.methods.bank_resharding import heirs, resharded_bank
 from mooring.methods.base import At, Method, Needs, SetupContext, StateTree, StepOutput
 from mooring.methods.classification import batch_metrics, mean_over_valid
 from mooring.methods.dr_tune_paper import paper_calibration
@@ -302,6 +303,15 @@ class DRTune(Method):
             # kept, not computed again: a product of K rows may round otherwise than one of B rows
             state["rotated"] = self._rotated.clone()
         return state
+
+    def resharded_state(self, states: Sequence[StateTree]) -> StateTree:
+        """The bank by its scope; the rotation of rank 0, or of the rank that a private bank comes from."""
+        banks = [state["bank"] for state in states]
+        private = self.settings.bank_scope == "private"
+        state = dict(states[heirs(len(states), self.ranks)[0] if private else 0])
+        if self.settings.bank_scope != "gathered":
+            state.pop("rotated", None)  # of rows that now lie elsewhere: made again when it is next read
+        return {**state, "bank": resharded_bank(self.bank.spec, self.ranks, banks)}
 
     def load_extra_state(self, state: StateTree) -> None:
         super().load_extra_state(state)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from mooring.models.batchnorm_sync import merged_buffers
 from mooring.models.partition import chunks, whole
 from mooring_kernels import ema_
 
@@ -68,6 +69,12 @@ class MomentumCopy(nn.Module):
     def state(self) -> dict[str, Tensor]:
         """Parameters and buffers, copied."""
         return {name: tensor.clone() for name, tensor in self.networks.state_dict().items()}
+
+    def resharded_state(self, states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """One state in place of those of several ranks: parameters are the same on all, statistics are averaged."""
+        own = {name for name, _ in self.networks.named_buffers()}
+        merged = merged_buffers([{name: state[name] for name in own if name in state} for state in states])
+        return {name: merged[name] if name in own else states[0][name] for name in states[0]}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restores what ``state`` returned.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -135,3 +136,21 @@ def average_statistics_(module: nn.Module, ranks: Ranks) -> None:
     flat /= ranks.world
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
+
+
+def merged_buffers(by_rank: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """One set of buffers in place of those of several ranks: equal ones as they are, means of running statistics.
+
+    Args:
+        by_rank: buffers by name, the same names and shapes on each rank; a tensor of one rank is held at a time.
+    """
+    merged: dict[str, Tensor] = {}
+    for name in by_rank[0]:
+        first = by_rank[0][name]
+        total, same = first.double(), True
+        for buffers in by_rank[1:]:
+            tensor = buffers[name]
+            same = same and torch.equal(tensor, first)
+            total = total + tensor.double()
+        merged[name] = first if same else (total / len(by_rank)).to(first.dtype)
+    return merged

@@ -6,10 +6,11 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
@@ -22,6 +23,9 @@ _DTYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL",
     torch.uint8: "U8", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
 }  # fmt: skip
+
+# what an entry of another form ends in
+_WRONG = (SafetensorError, ArithmeticError, AttributeError, LookupError, TypeError)
 
 # (name of the entry, tensor of the caller) -> dense CPU tensor that shares no memory with it
 HostCopy = Callable[[str, Tensor], Tensor]
@@ -143,11 +147,93 @@ def decode_tree(document: bytes, tensors: bytes) -> Any:
     """
     try:
         return _decoded(parse_json(document), load_tensors(tensors))
-    except (SafetensorError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as err:
+    except (*_WRONG, RecursionError) as err:
         raise ValueError(f"{type(err).__name__}: {err}") from err
 
 
-def _decoded(node: Any, tensors: Mapping[str, Tensor]) -> Any:
+class TreeView(Mapping[Any, Any]):
+    """A dict of an encoded tree whose entries are decoded, and whose tensors are read, when they are asked for.
+
+    Every access reads anew: what the caller does not keep takes no memory.
+
+    Raises:
+        ValueError: the files are not of this form; from any access.
+    """
+
+    def __init__(self, entries: Any, tensors: Mapping[str, Tensor]) -> None:
+        try:
+            self._entries = dict(entries)
+        except (TypeError, ValueError) as err:
+            raise ValueError(f"{type(err).__name__}: {err}") from err
+        self._tensors = tensors
+
+    def __getitem__(self, key: Any) -> Any:
+        child = self._entries[key]
+        try:
+            return _decoded(child, self._tensors, TreeView)
+        except (*_WRONG, RecursionError) as err:
+            raise ValueError(f"{key}: {type(err).__name__}: {err}") from err
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+class _TensorFile(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = safe_open(file, framework="pt")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.keys())
+
+    def __len__(self) -> int:
+        return len(self._file.keys())
+
+
+def view_tree(document: bytes, tensors: Path) -> TreeView:
+    """The tree of the two files, for looking at parts of it without reading all.
+
+    Args:
+        document: the JSON file of a tree that is a dict.
+        tensors: the safetensors file; kept open.
+
+    Raises:
+        ValueError: the files are not of this form.
+    """
+    try:
+        view = _decoded(parse_json(document), _TensorFile(tensors), TreeView)
+    except (*_WRONG, OSError, RecursionError) as err:
+        raise ValueError(f"{type(err).__name__}: {err}") from err
+    if not isinstance(view, TreeView):
+        raise ValueError(f"expected a dict, got a {type(view).__name__}")
+    return view
+
+
+def read_all(tree: Any) -> Any:
+    """The tree with plain dicts in place of views, every tensor read."""
+    if isinstance(tree, Mapping):
+        return {key: read_all(child) for key, child in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(read_all(child) for child in tree)
+    return tree
+
+
+def _as_dict(entries: Any, tensors: Mapping[str, Tensor]) -> dict[Any, Any]:
+    return {key: _decoded(child, tensors) for key, child in entries}
+
+
+def _decoded(
+    node: Any,
+    tensors: Mapping[str, Tensor],
+    mapping: Callable[[Any, Mapping[str, Tensor]], Mapping[Any, Any]] = _as_dict,
+) -> Any:
     if not isinstance(node, dict):
         return node
     ((kind, value),) = node.items()
@@ -161,9 +247,9 @@ def _decoded(node: Any, tensors: Mapping[str, Tensor]) -> Any:
         case "bytes":
             return tensors[value].to(torch.uint8).numpy().tobytes()
         case "dict":
-            return {key: _decoded(child, tensors) for key, child in value}
+            return mapping(value, tensors)
         case "list":
-            return [_decoded(child, tensors) for child in value]
+            return [_decoded(child, tensors, mapping) for child in value]
         case "tuple":
-            return tuple(_decoded(child, tensors) for child in value)
+            return tuple(_decoded(child, tensors, mapping) for child in value)
     raise ValueError(f"unknown entry {kind!r}")

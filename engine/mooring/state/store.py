@@ -32,7 +32,14 @@ from mooring.errors import RunFolderError
 from mooring.parsing import parse_json
 from mooring.regular_file import read_regular
 from mooring.state.durable import damage, read_checked, sync, write_durably
-from mooring.state.encoding import EncodedTree, decode_tree, document_bytes, tensor_bytes
+from mooring.state.encoding import (
+    EncodedTree,
+    TreeView,
+    decode_tree,
+    document_bytes,
+    tensor_bytes,
+    view_tree,
+)
 from mooring.state.file_systems import keepers, send_file
 from mooring.state.retention import Retention
 
@@ -103,7 +110,8 @@ class CheckpointStore:
 
     Args:
         folder: ``RUN/checkpoints``; made with the first checkpoint.
-        ranks: the processes that write together. Calls of ``write``, ``newest``, ``fetch`` and ``tidy`` are collective.
+        ranks: the processes that write together. Calls of ``write``, ``newest``, ``fetch``, ``check`` and
+            ``tidy`` are collective.
         keepers: for each rank the one that keeps its file system (``file_systems.keepers``); None: rank 0, for all.
         keep: what stays when a new checkpoint stands.
         stage: called with the name of each stage of a write before it is entered: the place where tests die.
@@ -384,15 +392,44 @@ class CheckpointStore:
         Raises:
             RunFolderError: there is no such part, or it is not what was written.
         """
-        files = _manifest(ref.folder)["files"]
-        names = [f"{part}.json", f"{part}.safetensors"]
-        if not set(names) <= set(files):
-            raise RunFolderError(f"{ref.folder} has no {part}: it was written by another number of processes")
-        document, tensors = (read_checked(ref.folder / name, files[name]) for name in names)
+        document, tensors = (
+            read_checked(file, described) for file, described in self._files(ref, part).items()
+        )
         try:
             return decode_tree(document, tensors)
         except ValueError as err:
             raise RunFolderError(f"{ref.folder} holds a state this version cannot read ({err})") from err
+
+    def view(self, ref: CheckpointRef, part: str) -> TreeView:
+        """One part, of which only what is looked at is read; its tensors are not compared with the manifest.
+
+        Raises:
+            RunFolderError: there is no such part, or it is not of this form.
+        """
+        (document, described), (tensors, _) = self._files(ref, part).items()
+        try:
+            return view_tree(read_checked(document, described), tensors)
+        except ValueError as err:
+            raise RunFolderError(f"{ref.folder} holds a state this version cannot read ({err})") from err
+
+    def check(self, ref: CheckpointRef) -> None:
+        """Reads every byte of a checkpoint, on every file system what it has of it; every rank calls it.
+
+        Raises:
+            RunFolderError: it is not what was written; on every rank.
+        """
+        problems = self._on_keepers(lambda: self._damage(ref.folder))
+        problem = next((found for found in problems if found is not None), None)
+        if problem is not None:
+            raise RunFolderError(f"{problem}: use another checkpoint")
+
+    def _files(self, ref: CheckpointRef, part: str) -> dict[Path, dict[str, Any]]:
+        """The document and the tensors of a part, as the manifest describes them."""
+        files = _manifest(ref.folder)["files"]
+        names = [f"{part}.json", f"{part}.safetensors"]
+        if not set(names) <= set(files):
+            raise RunFolderError(f"{ref.folder} has no {part}: it was written by another number of processes")
+        return {ref.folder / name: files[name] for name in names}
 
     def tidy(self, damaged: list[Path]) -> None:
         """Before a run goes on: deletes what an unfinished write left, and sets damaged checkpoints aside.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -92,6 +92,21 @@ class Backend(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what ``state_dict`` returned; after ``prepare``."""
+        ...
+
+    def takes(self, state: Mapping[str, Any]) -> bool:
+        """Whether ``load_state_dict`` does, after ``prepare``: the state was divided as it is here, or not at all."""
+        ...
+
+    def load_redistributed(self, states: Iterable[Mapping[str, Any]]) -> None:
+        """Restores the optimizer's state of another backend, stage or number of ranks; after ``prepare``.
+
+        Args:
+            states: what ``state_dict`` returned on each rank, or once where not ``divided``; read one by one.
+
+        Raises:
+            ValueError: it is of another model, or does not say how it was divided.
+        """
         ...
 
 

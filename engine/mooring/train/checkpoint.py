@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,14 @@ from mooring.errors import RunFolderError
 from mooring.models.deferred import is_deferred
 from mooring.report.run_folder import is_run
 from mooring.state.background import Background
+from mooring.state.encoding import TreeView
 from mooring.state.file_systems import keepers
 from mooring.state.retention import Retention
 from mooring.state.rng import capture_rng, restore_rng
 from mooring.state.snapshot import HostMemory
 from mooring.state.store import FOLDER, CheckpointRef, CheckpointStore
 from mooring.train.exactness import Difference, differences, run_facts
+from mooring.train.other_ranks import resharded_part
 
 if TYPE_CHECKING:
     from mooring.train.engine import Engine
@@ -77,6 +79,45 @@ def restore_engine(engine: Engine, state: Mapping[str, Any]) -> None:
         ValueError: the state does not fit this engine; it is half restored and of no use.
     """
     shared, own = state[SHARED], state[own_part(engine.backend.rank)]
+    optimizer = own["optimizer"] if engine.backend.divided else shared["optimizer"]
+    _restore(engine, shared, own, lambda: engine.backend.load_state_dict(optimizer))
+
+
+def restore_checkpoint(engine: Engine, store: CheckpointStore, ref: CheckpointRef) -> None:
+    """Puts a checkpoint into a freshly built engine, which may be of another number of ranks, backend or ZeRO stage.
+
+    A rank reads its own part; where the state is divided otherwise here, also what it needs of the others', one after
+    the other and without comparing them with the manifest.
+
+    Raises:
+        ValueError, RunFolderError: the state does not fit this engine; it is half restored and of no use.
+    """
+    shared, world = store.read(ref, SHARED), store.facts(ref)["world"]
+
+    def views() -> Iterator[TreeView]:
+        return (store.view(ref, own_part(rank)) for rank in range(world))
+
+    if world == engine.backend.world:
+        own = store.read(ref, own_part(engine.backend.rank))
+    else:
+        own = resharded_part(engine, list(views()), int(shared["step"]))
+    whole = shared["optimizer"]
+    saved = whole if whole is not None else own.get("optimizer")
+
+    def load_optimizer() -> None:
+        if saved is not None and engine.backend.takes(saved):
+            engine.backend.load_state_dict(saved)
+        elif whole is not None:
+            engine.backend.load_redistributed([whole])
+        else:
+            engine.backend.load_redistributed(view["optimizer"] for view in views())
+
+    _restore(engine, shared, own, load_optimizer)
+
+
+def _restore(
+    engine: Engine, shared: Mapping[str, Any], own: Mapping[str, Any], load_optimizer: Callable[[], None]
+) -> None:
     engine.method.load_extra_state(own["extra"])
     if is_deferred(engine.method):  # no process has room for all of it
         engine.hand_over()
@@ -87,7 +128,7 @@ def restore_engine(engine: Engine, state: Mapping[str, Any]) -> None:
         engine.hand_over()
     for name, buffer in engine.method.named_buffers():
         buffer.copy_(own["buffers"][name])  # last: what begins anew gives all ranks rank 0's
-    engine.backend.load_state_dict(own["optimizer"] if engine.backend.divided else shared["optimizer"])
+    load_optimizer()
     if engine.ema is not None:
         engine.ema.load_state_dict(shared["ema"] | {"buffers": own["ema_buffers"]})
     engine.train_source.load_state_dict(own["source"])
@@ -220,18 +261,21 @@ def resume(engine: Engine, ref: CheckpointRef, *, allow_inexact: bool = False) -
     store = CheckpointStore(folder, ranks, keepers=keepers(folder, ranks))
     store.fetch(ref, (SHARED, own_part(ranks.rank)))
     found = compared(engine, store, ref)
-    breaking = [difference for difference in found if difference.breaks]
-    if ranks.any(bool(breaking)):  # what is divided otherwise is read from the parts of all
-        store.fetch(ref)
+    told = ranks.gather([difference for difference in found if difference.breaks])
+    breaking = list(dict.fromkeys(difference for own in told for difference in own))  # of all, on all
     if breaking and not allow_inexact:
         raise RunFolderError(
             "the run would not continue bit for bit; these differ:\n  "
             + "\n  ".join(map(str, breaking))
             + "\nrestore them, or go on all the same with --allow-inexact (allow_inexact=true), which is recorded"
         )
-    state = {part: store.read(ref, part) for part in (SHARED, own_part(engine.backend.rank))}
+    if breaking:  # what is divided otherwise is read from the parts of all, and not compared as it is read
+        store.fetch(ref)
+        store.check(ref)
     try:
-        restore_engine(engine, state)
+        restore_checkpoint(engine, store, ref)
+    except RunFolderError:
+        raise
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as err:
         because = f"; these differ:\n  {chr(10).join(map(str, breaking))}" if breaking else ""
         raise RunFolderError(f"{ref.folder} cannot be continued by this run: {err}{because}") from err

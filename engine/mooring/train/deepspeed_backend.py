@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from mooring.collectives import broadcast_
 from mooring.config.schema import RunConfig
 from mooring.data.batch import Batch
-from mooring.distributed import Ranks
+from mooring.distributed import Ranks, init_alone
 from mooring.errors import require
 from mooring.methods.base import At, Method, StepOutput
 from mooring.models.deferred import is_deferred, materialise
@@ -26,7 +26,8 @@ from mooring.models.partition import chunks, is_divided, whole
 from mooring.train.deepspeed_config import deepspeed_config
 from mooring.train.deepspeed_traffic import count_exchanges, reducing
 from mooring.train.local_backend import LocalBackend
-from mooring.train.optimizer_state import load_optimizer_state, optimizer_state
+from mooring.train.optimizer_pieces import Flat, Piece, encode_pieces, redistributed, same_pieces
+from mooring.train.optimizer_state import known_numbers, load_optimizer_state, optimizer_state, trained_names
 
 
 class DeepSpeedBackend(LocalBackend):
@@ -74,6 +75,7 @@ class DeepSpeedBackend(LocalBackend):
                     if not is_divided(tensor):
                         broadcast_(tensor, self.ranks, "first weights")
         self._trained_parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._names = trained_names(optimizer, method)  # DeepSpeed puts flat tensors in their place
         for parameter in method.parameters():
             # it sends parameters as bytes, in their order in memory; divided ones are flat in any case
             parameter.data = parameter.data.contiguous()
@@ -233,26 +235,51 @@ class DeepSpeedBackend(LocalBackend):
 
     @torch.no_grad()
     def _refresh_masters(self, parameters: list[nn.Parameter]) -> None:
-        """Gives the fp32 parts that the optimizer steps the values that the parameters have now."""
+        """Gives the fp32 parts that the optimizer steps the values that the parameters have now.
+
+        Not by DeepSpeed's own setters: they read past the end of a parameter whose last part is padded, and do not
+        know of ``round_robin_gradients``.
+        """
         if not self.divided:
             return
-        from deepspeed.utils import safe_set_full_fp32_param
+        names = {id(p): name for name, p in self.method.named_parameters()}
+        now = {names[id(p)]: p.detach().flatten() for p in parameters}
+        for i in range(len(self.optimizer.param_groups)):
+            for flat, pieces in zip(self._flat(i), self._pieces(i), strict=True):
+                for piece in pieces:
+                    if piece.name in now:
+                        flat[piece.offset : piece.offset + piece.size].copy_(
+                            now[piece.name][piece.start : piece.start + piece.size]
+                        )
 
-        for p in parameters:
-            if not p.requires_grad:
-                continue
-            if self.stage == 3 and p.numel() % self.world:
-                self._refresh_padded(p)
-            else:
-                safe_set_full_fp32_param(p, p.detach().clone())
-
-    def _refresh_padded(self, p: nn.Parameter) -> None:
-        """A parameter whose last part is padded: DeepSpeed's own setter reads past the parameter's end."""
+    def _pieces(self, group: int) -> list[list[Piece]]:
+        """What each of ``_flat(group)`` is made of; padding is none of it."""
         zero = self._engine.optimizer
-        part, _ = zero._get_fp32_opt_state_partition(p, release_swap_buffers=False)
-        first = part.numel() * zero._get_param_partition_rank(p)
-        own = p.detach().flatten()[first : first + part.numel()]
-        part[: own.numel()].copy_(own)
+        names = {id(p): name for name, p in self.method.named_parameters()}
+        if self.stage < 3:
+            (flat,) = self._flat(group)
+            begin = flat.numel() * dist.get_rank(zero.real_dp_process_group[group])
+            found = []
+            for p, place in zip(
+                zero.round_robin_bit16_groups[group], zero.round_robin_bit16_offsets[group], strict=True
+            ):
+                first, end = max(begin, place), min(begin + flat.numel(), place + p.numel())
+                if first < end:
+                    found.append(Piece(names[id(p)], first - place, end - first, first - begin))
+            return [found]
+        parts = []
+        for sub_group, owner in zip(zero.fp16_groups, zero.sub_group_to_group_id.values(), strict=True):
+            if owner != group:
+                continue
+            found = []
+            for p in sub_group:
+                _, offset, share = zero.grad_position[zero.get_param_id(p)]
+                start = share * zero._get_param_partition_rank(p)
+                count = min(share, p.ds_numel - start)
+                if count > 0:
+                    found.append(Piece(names[id(p)], start, count, offset))
+            parts.append(found)
+        return parts
 
     def state_dict(self) -> dict[str, Any]:
         if not self.divided:
@@ -269,30 +296,57 @@ class DeepSpeedBackend(LocalBackend):
                 }
                 for flat in self._flat(i)
             ]
-            parts.append({"numbers": numbers, "states": states})
+            pieces = [encode_pieces(of_flat) for of_flat in self._pieces(i)]
+            parts.append({"numbers": numbers, "states": states, "pieces": pieces})
         return {"groups": parts, "stage": self.stage, "world": self.world}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
-        Raises:
-            ValueError: the state is of another stage or number of ranks.
-        """
         if not self.divided:
             load_optimizer_state(self.optimizer, state)
             return
-        saved = state.get("stage"), state.get("world")
-        if saved != (self.stage, self.world):
-            raise ValueError(
-                f"the optimizer's state is of ZeRO stage {saved[0]} on {saved[1]} processes, this run has stage "
-                f"{self.stage} on {self.world}: continue with the same"
-            )
         for i, (group, part) in enumerate(zip(self.optimizer.param_groups, state["groups"], strict=True)):
             group.update(part["numbers"])
             for flat, values in zip(self._flat(i), part["states"], strict=True):
-                self.optimizer.state[flat] = {
-                    k: v.to(flat.device if v.ndim else v.device).clone() if isinstance(v, Tensor) else v
-                    for k, v in values.items()
-                }
+                self._set_state(group, flat, values)
+
+    def takes(self, state: Mapping[str, Any]) -> bool:
+        if not self.divided:
+            return super().takes(state)
+        if (state.get("stage"), state.get("world")) != (self.stage, self.world):
+            return False
+        for i, part in enumerate(state["groups"]):
+            if "pieces" not in part:  # of a version that did not save them
+                continue
+            own = [encode_pieces(pieces) for pieces in self._pieces(i)]
+            if len(own) != len(part["pieces"]) or not all(map(same_pieces, own, part["pieces"])):
+                return False
+        return True
+
+    def load_redistributed(self, states: Iterable[Mapping[str, Any]]) -> None:
+        if not self.divided:
+            super().load_redistributed(states)
+            return
+        targets: list[Flat] = []
+        flats: list[Tensor] = []
+        for i in range(len(self.optimizer.param_groups)):
+            for flat, pieces in zip(self._flat(i), self._pieces(i), strict=True):
+                flats.append(flat)
+                targets.append(Flat(i, flat.numel(), pieces))
+        found, numbers = redistributed(states, targets, self._names)
+        groups = self.optimizer.param_groups
+        for group, own in zip(groups, known_numbers(self.optimizer, numbers), strict=True):
+            group.update(own)
+        for flat, target, values in zip(flats, targets, found, strict=True):
+            self._set_state(groups[target.group], flat, values)
+
+    def _set_state(self, group: Mapping[str, Any], flat: Tensor, values: Mapping[str, Any]) -> None:
+        own = self.optimizer.state[flat] = {}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                # a fused step counts where it steps, others on the CPU
+                moves = value.ndim > 0 or group.get("fused") or group.get("capturable")
+                value = value.to(flat.device if moves else value.device).clone()
+            own[name] = value
 
 
 def _to_contiguous(method: nn.Module, optimizer: Optimizer) -> None:
@@ -345,6 +399,7 @@ def _import(device: torch.device) -> Any:
 
     # its shared-memory exchange is compiled on first use, for a minute, with a compiler that may not be there
     ops.__compatible_ops__.update({name: False for name in ops.__compatible_ops__ if "shm" in name})
-    if dist.is_initialized():
-        deepspeed.comm.init_distributed(dist_init_required=False)
+    init_alone()
+    os.environ.setdefault("LOCAL_RANK", str(Ranks.here().local_rank))  # it insists
+    deepspeed.comm.init_distributed(dist_init_required=False)
     return deepspeed

@@ -82,7 +82,7 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
-    given = _given(config)
+    given = given_settings(config)
     for name in _names(given):
         if name in _OURS:
             instead = f": set {_OURS[name]}" if _OURS[name] else " with this engine"
@@ -96,7 +96,12 @@ def deepspeed_config(config: RunConfig) -> dict[str, Any]:
     return settings
 
 
-def _given(config: RunConfig) -> dict[str, Any]:
+def given_settings(config: RunConfig) -> dict[str, Any]:
+    """What the file of ``backend.deepspeed_config`` holds; nothing where there is none.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
     path = config.backend.deepspeed_config
     if path is None:
         return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 
 from mooring import __version__
 from mooring.report.environment import cpu_model, package_versions
+from mooring.train.deepspeed_config import given_settings
 
 if TYPE_CHECKING:
     from mooring.train.engine import Engine
@@ -114,10 +116,15 @@ def _settings(engine: Engine) -> dict[str, str]:
     flat.pop("data.workers", None)  # decoding order does not depend on it
     for name in [name for name in flat if name.startswith("data.extra_test")]:
         del flat[name]  # looked at when the training is over
-    # what `auto` became on this machine
+    # what `auto` became on this machine, and what a file said
     parts = engine.parts
+    further = "none"
+    if parts.backend.name == "deepspeed":
+        further = json.dumps(given_settings(engine.config), sort_keys=True)
     return flat | {
         "train.device": str(parts.backend.device),
+        "backend.name": parts.backend.name,
+        "backend.deepspeed_config": further,
         "train.precision": parts.precision,
         "optimizer.implementation": type(parts.optimizer).__qualname__,
         "data.source": parts.train_source.kind,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,7 +13,12 @@ from torch.optim import Optimizer
 from mooring.data.batch import Batch
 from mooring.distributed import Ranks
 from mooring.methods.base import At, Method, StepOutput
-from mooring.train.optimizer_state import load_optimizer_state, optimizer_state
+from mooring.train.optimizer_state import (
+    load_optimizer_state,
+    load_whole_state,
+    optimizer_state,
+    trained_names,
+)
 from mooring.train.precision import autocast_dtype
 
 
@@ -92,3 +97,9 @@ class LocalBackend:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         load_optimizer_state(self.optimizer, state)
+
+    def takes(self, state: Mapping[str, Any]) -> bool:
+        return "state" in state
+
+    def load_redistributed(self, states: Iterable[Mapping[str, Any]]) -> None:
+        load_whole_state(self.optimizer, states, trained_names(self.optimizer, self.method))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from mooring.collectives import all_reduce_
 from mooring.distributed import Ranks
+
+_COUNTS = ("rows", "correct")
 
 
 class RunningMetrics:
@@ -51,6 +53,21 @@ class RunningMetrics:
     def state_dict(self) -> dict[str, Any]:
         """The sums so far, by reference."""
         return {"sums": dict(self._sums), "steps": dict(self._steps)}
+
+    @staticmethod
+    def resharded_state(states: Sequence[Mapping[str, Any]], world: int) -> dict[str, Any]:
+        """A share for each of ``world`` ranks of what other ranks summed up, so that the drained means are the same.
+
+        Args:
+            states: of each rank that was.
+            world: ranks that are.
+        """
+        sums = {
+            # counts add up over ranks, other metrics are averaged over them
+            name: sum(state["sums"][name] for state in states) / (world if name in _COUNTS else len(states))
+            for name in states[0]["sums"]
+        }
+        return {"sums": sums, "steps": dict(states[0]["steps"])}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Goes on from what ``state_dict`` returned, with metrics that come from ``device``."""
