@@ -833,6 +833,29 @@ def predict(
 
 
 @app.command()
+def export(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN | CHECKPOINT",
+            readable=False,
+            help="A run folder (its best epoch, else its newest state), or RUN/checkpoints/step-N.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(readable=False, help="A new folder for the model.")],
+) -> None:
+    """Write the model of a run, or of one of its checkpoints, as a folder that timm opens.
+
+    Neither the run's processes nor its data or first weights are needed: whatever ranks a state was divided among, one
+    process on any machine makes one model of it.
+    """
+    from mooring.train.exporting import export_saved
+
+    says = export_saved(source, out)
+    _stdout().print(f"{escape(says)} is in {escape(str(out))}", soft_wrap=True)
+
+
+@app.command()
 def info(
     run: Annotated[
         Path | None, typer.Argument(metavar="RUN", readable=False, help="A run folder to summarise.")

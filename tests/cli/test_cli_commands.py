@@ -48,6 +48,7 @@ OPTIONS = {
     },
     ("eval",): {"--data", "--split", "--help"},
     ("predict",): {"--top", "--out", "--overwrite", "--help"},
+    ("export",): {"--out", "--help"},
     ("info",): {"--keys", "--help"},
 }  # fmt: skip
 
@@ -88,6 +89,7 @@ def test_commands_are_frozen() -> None:
         "plan",
         "eval",
         "predict",
+        "export",
         "info",
     ]  # type: ignore[attr-defined]
 

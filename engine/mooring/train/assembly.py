@@ -196,7 +196,7 @@ def assemble(
     if train.compile:
         encoder.compile()  # in place: names of parameters stay
 
-    train_size, eval_size = _sizes(config, encoder)
+    train_size, eval_size = image_sizes(config, encoder)
     model_input = ModelInput.from_model_config(encoder.data_config, size=train_size)
     training = preset(config.data.augment, model_input)
     views = [{"train": training, "mild": mild(model_input)}[view] for view in needs.views]
@@ -436,7 +436,7 @@ def open_data(
     )
 
 
-def _sizes(config: RunConfig, encoder: Encoder) -> tuple[int, int]:
+def image_sizes(config: RunConfig, encoder: Encoder) -> tuple[int, int]:
     """Training and evaluation resolution in pixels.
 
     Raises:

@@ -20,8 +20,6 @@ from mooring.data.source import EpochSource
 from mooring.distributed import is_lost_rank
 from mooring.errors import MooringError, RanksLostError, RunFolderError
 from mooring.models.encoder import Encoder
-from mooring.models.export import export
-from mooring.models.front_door import save_front_door
 from mooring.report.environment import write_environment
 from mooring.report.metrics_log import DISCRIMINATION, MetricsLog, NoLog, cut_log, read_metrics
 from mooring.report.plots import draw_run
@@ -34,6 +32,7 @@ from mooring.train.checkpoint import run_to_continue
 from mooring.train.discrimination import Discrimination
 from mooring.train.distortion import Distortion
 from mooring.train.evaluate import EvalResult
+from mooring.train.exporting import write_model
 from mooring.train.health.memory import explain_out_of_memory, is_out_of_memory
 from mooring.train.health.watch import RunHealth
 from mooring.train.interrupt import Interrupt, Stopped
@@ -333,18 +332,9 @@ class Fit:
             self.ranks.on_first(partial(self._export_here, encoder, head))
 
     def _export_here(self, encoder: Encoder, head: nn.Linear) -> None:
-        extra: dict[str, Any] = {"method": method_title(self.engine.config.method)}
-        if (beside := self.engine.method.exported_front_door()) is not None:
-            extra |= save_front_door(self.folder.path / "model", *beside)
-        size = self.engine.parts.eval_size
-        export(
-            encoder,
-            head,
-            self.folder.path / "model",
-            self.engine.parts.classes,
-            data_config={"input_size": (3, size, size)},
-            extra=extra,
-        )
+        engine, size = self.engine, self.engine.parts.eval_size
+        folder = self.folder.path / "model"
+        write_model(engine.method, encoder, head, engine.config, engine.parts.classes, size, folder)
 
     def _keep_interrupted(self) -> EvalResult | None:
         """State at the last finished step; a model even if no epoch was validated yet. The best epoch's result."""
