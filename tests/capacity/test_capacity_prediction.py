@@ -18,7 +18,7 @@ from mooring.capacity.partition import (
 )
 from mooring.capacity.prediction import Cluster, Line, Predictor, Workload, advise
 from mooring.capacity.rates import Rates, measured
-from mooring.capacity.step import Sizes
+from mooring.capacity.step import Sizes, Traced
 from mooring.cli import app
 from mooring.config.load import load_config, shipped_recipes
 
@@ -45,8 +45,11 @@ def test_bytes_of_an_element() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 64])
 def test_each_stage_divides_one_thing_more(world: int) -> None:
-    held = {stage: states(SIZES, Numbers(2, 2, 12), stage, world) for stage in STAGES}
+    held = {stage: states(SIZES, Numbers(2, 2, 12), stage, world, accumulate=2) for stage in STAGES}
     psi = 8 * M
+    # one micro-batch: what stage 1 reduces is a rank's part from then on
+    once = states(SIZES, Numbers(2, 2, 12), 1, world)
+    assert once.gradients == held[2].gradients
     assert held[0].total - held[0].buffers == 16 * psi
     assert held[1].total - held[1].buffers == pytest.approx(4 * psi + 12 * psi / world)
     assert held[2].total - held[2].buffers == pytest.approx(2 * psi + 14 * psi / world)
@@ -87,7 +90,12 @@ def predictor(*, activations: float = 10 * M, rates: Rates | None = None, **sett
     overrides = ["data=x", "train.batch_size=256", *(f"{key}={value}" for key, value in settings.items())]
     found = Predictor(load_config(None, overrides), 100, rates=rates or Rates(), overhead=0)
     line = Line(M, activations)
-    vars(found).update(sizes=SIZES, feature_dim=64, can_checkpoint=True)
+
+    def traced(batch: int, checkpointing: bool) -> Traced:
+        peak = round(line.at(batch) / (10 if checkpointing else 1))
+        return Traced(batch, peak, peak, peak, 0, 0, 0)
+
+    vars(found).update(sizes=SIZES, feature_dim=64, can_checkpoint=True, _traced=traced)
     found._workloads.update(
         {
             False: Workload(line, line, Line(0, 1e9), Line(0, 1e8), 100),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
 
 from mooring.capacity.partition import (
+    BUCKET,
     STAGES,
     Stage,
     States,
@@ -134,7 +136,7 @@ class Predictor:
     rates: Rates = field(default_factory=Rates)
     overhead: float = OVERHEAD_BYTES
     _workloads: dict[bool, Workload] = field(default_factory=dict)
-    _peaks: dict[tuple[int, bool], int] = field(default_factory=dict)
+    _steps: dict[tuple[int, bool], Traced] = field(default_factory=dict)
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -152,6 +154,18 @@ class Predictor:
         names = ("bank_scope", "queue_scope")
         given = (getattr(part, name, None) for part in parts for name in names)
         return next((scope for scope in given if scope is not None), "gathered")
+
+    @cached_property
+    def bucket(self) -> int:
+        """Elements of the buffer that DeepSpeed reduces gradients through: as its further settings say."""
+        file = self.config.backend.deepspeed_config
+        if file is None:
+            return BUCKET
+        try:
+            given = json.loads(file.read_text(encoding="utf-8"))["zero_optimization"]["reduce_bucket_size"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return BUCKET  # a run says what is wrong with the file
+        return int(given) if isinstance(given, int | float) else BUCKET
 
     def share(self, cluster: Cluster) -> int:
         """Images of one rank in a micro-batch: its share of ``train.batch_size``, rounded up."""
@@ -186,13 +200,13 @@ class Predictor:
         batch, accumulate = batch or self.share(cluster), accumulate or train.accumulate
         work, world = self.workload(checkpointing=checkpointing), cluster.world
         each = numbers(optimizer.name, stage, momentum=optimizer.momentum > 0)
-        model = states(self.sizes, each, stage, world)
+        model = states(self.sizes, each, stage, world, accumulate=accumulate, bucket=self.bucket)
         rows = batch * accumulate
         bank = bank_traffic(self.sizes, self.bank, world, rows, self._statistics(rows, world))
         sent = traffic(self.sizes, each, stage, world, accumulate=accumulate, bank=bank)
-        if world == 1 and accumulate == 1 and stage == 0:
-            activations = max(0.0, self._peak_with_gradients(batch, checkpointing) - model.gradients)
-        else:
+        if accumulate == 1:
+            activations = self._beside(model, stage, world, batch, checkpointing)
+        else:  # gradients are there from the first micro-batch on
             activations = work.peak.at(batch)
         return Prediction(
             stage=stage,
@@ -209,13 +223,21 @@ class Predictor:
             overhead=self.overhead,
         )
 
-    def _peak_with_gradients(self, batch: int, checkpointing: bool) -> int:
-        """Where no process group holds on to gradients, they come while activations go: the worst moment of both is
-        less than their sum, and no straight line in the batch."""
+    def _beside(self, model: States, stage: Stage, world: int, batch: int, checkpointing: bool) -> float:
+        """What is there at the worst moment beside the model states, where a step is one micro-batch: gradients come
+        while activations go, so that moment is less than their sum, and no straight line in the batch."""
         key = batch, checkpointing
-        if key not in self._peaks:
-            self._peaks[key] = self._traced(batch, checkpointing).peak_with_gradients
-        return self._peaks[key]
+        if key not in self._steps:
+            self._steps[key] = self._traced(batch, checkpointing)
+        step = self._steps[key]
+        match stage:
+            case 3:  # its buffers are there all the time
+                return step.peak
+            case 0:  # reduced when the backward is done
+                return max(0.0, step.peak_with_gradients - model.gradients - model.buffers)
+            case _:  # reduced on their way, a rank keeps its part
+                came = (step.peak_with_gradients - step.peak) / world
+                return max(0.0, step.peak + came - model.gradients)
 
     def _traced(self, batch: int, checkpointing: bool) -> Traced:
         return traced_step(
