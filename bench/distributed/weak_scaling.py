@@ -1,10 +1,10 @@
 """``python -m bench.distributed.weak_scaling``: the same images a rank on 1, 2 and 4 gloo ranks, and where time goes.
 
-ViT-tiny at 96 pixels, whole engine steps from decoding on. The machine's cores are fewer than the ranks, and others
-may use it: the wall says nothing of scaling then. What a rank computes does: its CPU time, all threads, gloo's included.
-``efficiency`` is that of one process by the local backend over that of a rank, for the same images; parts are CPU time
-of the main thread, and ``exchange`` is also given as the wall, which is waiting: for others' work, for the cores and
-for bytes. One rank and several alternate, round by round.
+ViT-tiny at 96 pixels, whole engine steps from decoding on. Where cores are fewer than ranks, or others use them, the
+wall says nothing of scaling. What a rank computes does: its CPU time, all threads, gloo's included. ``efficiency`` is
+that of one process by the local backend over that of a rank, for the same images. Parts are CPU time of the main
+thread; ``exchange`` is also given as the wall, which is waiting: for others' work, for the cores and for bytes. Numbers
+of ranks alternate, round by round.
 """
 
 from __future__ import annotations
