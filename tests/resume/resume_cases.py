@@ -73,6 +73,7 @@ def write_inputs(root: Path, *, world: int = 1) -> None:
     for c in range(SOURCE_CLASSES):
         photos(root / "source" / "train" / f"s{c}", 3, 40 * c)
         photos(root / "source" / "val" / f"s{c}", 1, 40 * c)
+    (root / "divided.json").write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
     torch.manual_seed(7)
     timm = import_timm()
     save_file(timm.create_model(MODEL, num_classes=SOURCE_CLASSES).state_dict(), root / "weights.safetensors")
@@ -119,12 +120,7 @@ def make_config(inputs: Path, out: Path, method: str, source: str, **changes: An
 
 def zero(inputs: Path, stage: int) -> dict[str, Any]:
     """DeepSpeed's backend, which by default leaves small parameters whole at stage 3: here none is."""
-    file = inputs / "divided.json"
-    if not file.exists():
-        Ranks.here().on_first(
-            lambda: file.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
-        )
-    return {"name": "deepspeed", "zero_stage": stage, "deepspeed_config": str(file)}
+    return {"name": "deepspeed", "zero_stage": stage, "deepspeed_config": str(inputs / "divided.json")}
 
 
 # ---------------------------------------------------------------- runs

@@ -33,9 +33,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:  # before the ranks start: they inherit it
         patch.setenv("MOORING_CACHE", str(tmp_path_factory.mktemp("cache")))
         write_inputs(folder, world=2)
-        (folder / "divided.json").write_text(
-            '{"zero_optimization": {"stage3_param_persistence_threshold": 0}}'
-        )
         yield folder
 
 

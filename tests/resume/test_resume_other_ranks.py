@@ -39,9 +39,6 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     write_inputs(folder, world=2)
-    # by default what is small stays whole at stage 3
-    threshold = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    (folder / "divided.json").write_text(json.dumps(threshold))
     # stages 1 and 2 put parameters in another order, stage 3 into several flat tensors
     odd = {"round_robin_gradients": True, "sub_group_size": 3000, "stage3_param_persistence_threshold": 0}
     (folder / "odd.json").write_text(json.dumps({"zero_optimization": odd}))
@@ -186,7 +183,9 @@ def test_the_rest_is_that_of_the_undisturbed_run(
 ALWAYS = ("bi_tuning", "soft_fine_tuning", "stoch_norm")
 
 
-@pytest.mark.parametrize("first, then", [("ddpx2", "local"), ("local", "ddpx2")])
+@pytest.mark.parametrize(
+    "first, then", [("ddpx2", "local"), pytest.param("local", "ddpx2", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "method",
     [
@@ -228,7 +227,9 @@ def test_sharded_queues_go_on(
     continued(places, folder, tmp_path, first, then, method, settings=settings, optimizer=sgd)
 
 
-@pytest.mark.parametrize("scope", ["private", "sharded", "gathered"])
+@pytest.mark.parametrize(
+    "scope", ["private", *(pytest.param(s, marks=pytest.mark.slow) for s in ("sharded", "gathered"))]
+)
 def test_a_ranks_own_statistics_and_banks_go_on(places: Places, tmp_path: Path, scope: str) -> None:
     """From two ranks with BatchNorm statistics of their own: the mean of them; of private banks, the newest rows."""
     arguments = {
@@ -257,7 +258,9 @@ def test_a_ranks_own_statistics_and_banks_go_on(places: Places, tmp_path: Path, 
     assert len(two[0]) == 9 - STOP  # and the checkpoint is what it was
 
 
-@pytest.mark.parametrize("then", ["zero3x1", "zero1x2", "odd3x2", "local"])
+@pytest.mark.parametrize(
+    "then", ["odd3x2", "local", *(pytest.param(p, marks=pytest.mark.slow) for p in ("zero3x1", "zero1x2"))]
+)
 def test_groups_and_steps_are_their_own(places: Places, tmp_path: Path, then: str) -> None:
     """DeepSpeed's own way gives every group the first one's numbers, and all flat tensors one and the same step."""
     adamw = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.05}
