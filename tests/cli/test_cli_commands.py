@@ -41,7 +41,9 @@ OPTIONS = {
         "--master-addr", "--master-port", "--gpus-per-node", "--env", "--sbatch", "--preflight",
         "--dry-run", "--help",
     },
-    ("preflight",): {"--hostfile", "--torchrun", "--slurm", "--processes", "--master-addr", "--master-port", "--env", "--help"},
+    ("preflight",): {
+        "--hostfile", "--torchrun", "--slurm", "--processes", "--master-addr", "--master-port", "--env", "--help",
+    },
     ("plan",): {
         "--nodes", "--gpus-per-node", "--gpu-memory", "--classes", "--matmul-tflops", "--memory-gbs",
         "--link-gbs", "--node-link-gbs", "--measure", "--help",

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 
-from mooring.distributed import Ranks, init_from_environment
+from mooring.distributed import Ranks, init_from_environment, is_lost_rank
+from mooring.errors import ConfigError
+from mooring.exit_codes import CRASHED
 
 
 def everything() -> dict[str, Any]:
@@ -30,3 +36,29 @@ def one_fails() -> None:
     if Ranks.here().rank == 1:
         raise ValueError("planted")
     Ranks.here().barrier()
+
+
+def a_problem_of_one(kind: str) -> tuple[str, int]:
+    """What rank 1's problem is on this rank, and the exit code that it stands for."""
+    planted = {"mistake": ConfigError("planted"), "crash": RuntimeError("planted")}[kind]
+    ranks = Ranks.here()
+    try:
+        ranks.agree(planted if ranks.rank == 1 else None)
+    except Exception as err:
+        return f"{type(err).__name__}: {err}", getattr(err, "exit_code", CRASHED)
+    return "", 0
+
+
+def one_goes(meeting: str) -> NoReturn:
+    """Writes down whether the error that rank 0 gets, where rank 1 has gone in the middle, says that it has."""
+    rank = Ranks.here().rank
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=60))
+    dist.all_reduce(torch.ones(4), group=group)
+    if rank == 1:
+        os._exit(9)
+    try:
+        while True:
+            dist.all_reduce(torch.ones(4), group=group)
+    except Exception as err:
+        Path(meeting).write_text(f"{is_lost_rank(err)} {type(err).__name__} {err}")
+        raise

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from ranks import RankFailure, RankPool, rank_pool
 
 from mooring.distributed import Ranks, init_from_environment, launched_ranks
 from mooring.errors import DistributedError
+from mooring.exit_codes import CRASHED, USER_ERROR
 
 
 def test_a_process_on_its_own_talks_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,6 +36,20 @@ def test_two_ranks_agree(two_ranks: RankPool) -> None:
         assert each["sum"].tolist() == [3.0, 1.0]
         assert each["max"].tolist() == [1, 0]
         assert each["min"].tolist() == [0, -1]
+
+
+@pytest.mark.parametrize(("kind", "code"), [("mistake", USER_ERROR), ("crash", CRASHED)])
+def test_a_problem_of_one_ends_all_with_its_exit_code(two_ranks: RankPool, kind: str, code: int) -> None:
+    (first, first_code), (second, second_code) = two_ranks.run("ranks_cases:a_problem_of_one", kind=kind)
+    assert first.startswith("DistributedError: rank 1 stopped: ") and first.endswith(second)
+    assert first_code == second_code == code
+
+
+def test_an_exchange_with_a_rank_that_is_gone_is_known_as_such(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    with rank_pool(2) as pool, pytest.raises(RankFailure, match="the process ended"):
+        pool.run("ranks_cases:one_goes", meeting=str(said))
+    assert said.read_text().startswith("True "), said.read_text()
 
 
 def test_a_failing_rank_is_reported_and_ends_the_pool() -> None:

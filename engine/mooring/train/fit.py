@@ -103,8 +103,8 @@ class Fit:
                 self.progress.start(engine.plan(), engine.config.train.epochs)
                 if (places := len(set(self.checkpoints.store.keepers))) > 1:
                     self.progress.note(
-                        f"the run folder is on {places} file systems: each keeps the state of its own ranks; log, results "
-                        "and model are on rank 0's"
+                        f"the run folder is on {places} file systems: each keeps the state of its own ranks; log, "
+                        "results and model are on rank 0's"
                     )
                 try:
                     self._epochs_or_kept()
