@@ -69,8 +69,9 @@ def measure(settings: Sequence[str]) -> dict[str, int]:
     return {"between_steps": between, "worst_moment": between + ledger.peak}
 
 
-def predict(settings: Sequence[str], world: int, stage: int) -> dict[str, float]:
-    predictor = Predictor(load_config(None, list(settings)), CLASSES, precision="fp32", overhead=0)
+def predict(settings: Sequence[str], world: int, stage: int, classes: int = CLASSES) -> dict[str, float]:
+    """The parts of the prediction, in bytes, and their sum."""
+    predictor = Predictor(load_config(None, list(settings)), classes, precision="fp32", overhead=0)
     way = predictor.predict(Cluster(1, world, 1e12), stage)  # type: ignore[arg-type]
     parts = {
         "parameters": way.model.parameters,

@@ -38,8 +38,10 @@ TERMS: dict[str, Sequence[str]] = {
 }
 
 
-def write_data(folder: Path, classes: int, images: int, side: int) -> None:
-    """Random photos of so many classes, those of a source task, a text vector of each class, weights of each model."""
+def write_data(
+    folder: Path, classes: int, images: int, side: int, models: Iterable[str] = MODELS.values()
+) -> None:
+    """Random photos of so many classes, those of a source task, a text vector of each class, weights of models."""
     from safetensors.torch import save_file
 
     from mooring.models.torchvision_shim import import_timm
@@ -57,7 +59,7 @@ def write_data(folder: Path, classes: int, images: int, side: int) -> None:
     np.savez(
         folder / "text.npz", names=names, features=drawn.standard_normal((classes, 384)).astype("float32")
     )
-    for name in MODELS.values():
+    for name in models:
         torch.manual_seed(0)
         save_file(
             import_timm().create_model(name, num_classes=10).state_dict(), folder / f"{name}.safetensors"

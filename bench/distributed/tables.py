@@ -19,11 +19,10 @@ _BLOCK = re.compile(re.escape(_BEGIN) + r"\n.*?" + re.escape(_END), flags=re.DOT
 _BACKENDS = ("ddp", "zero0", "zero1", "zero2", "zero3")
 # What exchanges are for -> the column of the table that they stand in.
 _COLUMNS = {
-    "gradients": "gradients",
-    "parameters": "parameters",
-    "bank rows": "banks",
-    "bank statistics": "banks",
-}
+    "gradients": "gradients", "parameters": "parameters", "bank rows": "banks", "bank statistics": "banks",
+    "queue queries": "banks", "queue sums": "banks", "queue gradient": "banks",
+}  # fmt: skip
+_LITTLE = 100  # bytes: flags, norms, the number of rows
 _PARTS = ("forward", "backward", "exchange", "optimizer", "banks")
 
 
@@ -250,15 +249,25 @@ def readme_block(folder: Path = FOLDER) -> str:
     scaling, memory = scaling_records(folder), memory_records(folder)
     most = max((record["world"] for record in traffic), default=0)
     text = [_BEGIN, equality_summary(equality), ""]
-    text += [f"Bytes of a step on a ViT-tiny, {most} ranks, 16 images in all, kB:", ""]
-    text += [traffic_table(traffic, lambda r: r["kind"] == "vit" and r["world"] == most)]
     text += [
-        "Weak scaling, CPU seconds of a rank and step (efficiency), ViT-tiny at 96 pixels, 16 images a rank:",
-        "",
-    ]
-    text += [scaling_table(scaling)]
-    text += ["Memory of one of two ranks at the worst moment of a step, MB:", "", memory_table(memory)]
+        f"Bytes of a step on a ViT-tiny, {most} ranks, 16 images in all, kB; methods that are not here exchange "
+        "gradients alone, as `fine_tune` does:", "",
+        traffic_table(traffic, lambda record: record["world"] == most and _is_shown(record)),
+    ]  # fmt: skip
+    if scaling:
+        text += [
+            "Weak scaling, CPU seconds of a rank and step (efficiency), ViT-tiny, 96 pixels, 16 images a rank:"
+        ]
+        text += ["", scaling_table(scaling)]
+    if memory:
+        text += ["Memory of one of two ranks at the worst moment of a step, MB:", "", memory_table(memory)]
     return "\n".join(text).rstrip() + f"\n{_END}"
+
+
+def _is_shown(record: Record) -> bool:
+    """Whether the README has the row: on the ViT, and not the same as plain fine-tuning's."""
+    own = sum(count for name, count in record["handed"].items() if name not in ("gradients", "parameters"))
+    return record["kind"] == "vit" and (own > _LITTLE or record["method"] in ("fine_tune", "linear_probe"))
 
 
 def with_block(readme: str, block: str) -> str:
