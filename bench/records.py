@@ -43,12 +43,12 @@ def deciding_seconds(record: Record) -> dict[str, float]:
     return seconds
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Five significant digits: what a clock on a shared machine can tell, and files that stay small."""
     if isinstance(value, float) and math.isfinite(value):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {name: _rounded(item) for name, item in value.items()}
+        return {name: rounded(item) for name, item in value.items()}
     return value
 
 
@@ -66,7 +66,7 @@ def _lines(path: Path) -> Iterator[Record]:
 
 def append(record: Record, folder: Path = FOLDER) -> None:
     """Appends a measurement to the file of its op."""
-    _append(folder / f"{record['op'].rstrip('_')}.jsonl", _rounded(record))
+    _append(folder / f"{record['op'].rstrip('_')}.jsonl", rounded(record))
 
 
 def remember_environment(identity: str, described: dict[str, object], folder: Path = FOLDER) -> None:
