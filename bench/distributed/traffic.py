@@ -27,7 +27,6 @@ _SCOPES = {
     "dr_tune": "bank_scope", "bi_tuning": "queue_scope", "concept_tuning": "queue_scope",
 }  # fmt: skip
 _STEPS = {"dr_tune": 10}  # a period of its rotation
-_DDP = "backend.name=ddp"
 
 
 def cases() -> Iterator[dict[str, Any]]:
