@@ -44,11 +44,8 @@ def cases() -> Iterator[dict[str, Any]]:
 
 def settings_of(case: dict[str, Any], folder: Path) -> list[str]:
     backend = case["backend"]
-    chosen = (
-        [_DDP]
-        if backend == "ddp"
-        else ["backend.name=deepspeed", f"backend.zero_stage={backend.removeprefix('zero')}"]
-    )
+    stage = f"backend.zero_stage={backend.removeprefix('zero')}"
+    chosen = ["backend.name=ddp"] if backend == "ddp" else ["backend.name=deepspeed", stage]
     if case["scope"] is not None:
         chosen.append(f"method.{_SCOPES[case['method']]}={case['scope']}")
     return words(folder, case["kind"], case["method"], *chosen, side=SIDE, batch=BATCH)
