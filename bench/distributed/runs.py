@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
@@ -88,15 +90,31 @@ def start(module: str, world: int, folder: Path, *arguments: str) -> None:
     """``python -m module --worker FOLDER`` on so many ranks of this machine.
 
     Raises:
-        subprocess.CalledProcessError: a rank failed.
+        RuntimeError: a rank failed; the others are ended.
     """
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    settings = {"PYTHONPATH": os.pathsep.join(filter(None, path)), "MOORING_CACHE": str(folder / "cache")}
-    subprocess.run(
-        [*launcher, "-m", module, "--worker", str(folder), *arguments],
-        env=os.environ | _SETTINGS | settings, check=True,
-    )  # fmt: skip
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    shared = {"PYTHONPATH": path, "MOORING_CACHE": str(folder / "cache"), "WORLD_SIZE": str(world)}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", module, "--worker", str(folder), *arguments]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=os.environ | _SETTINGS | shared | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(world)
+    ]
+    try:
+        while (codes := [rank.poll() for rank in ranks]).count(0) < world:
+            if any(codes):
+                raise RuntimeError(f"{module} on {world} ranks ended with {codes}")
+            time.sleep(0.5)
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
 
 
 def without_folder(settings: Iterable[str], folder: Path) -> list[str]:

@@ -58,19 +58,26 @@ class States:
         return self.parameters + self.gradients + self.optimizer + self.buffers
 
 
-def states(sizes: Sizes, each: Numbers, stage: Stage, world: int) -> States:
-    """Model states of one rank, after Rajbhandari et al., "ZeRO", SC 2020, section 5, with DeepSpeed's buffers."""
+def states(sizes: Sizes, each: Numbers, stage: Stage, world: int, *, bucket: int = BUCKET) -> States:
+    """Model states of one rank, after Rajbhandari et al., "ZeRO", SC 2020, section 5, with DeepSpeed's buffers.
+
+    Args:
+        sizes: of the method.
+        each: bytes of an element.
+        stage, world: how they are divided.
+        bucket: elements of the buffer that gradients are reduced through.
+    """
     trained, still = sizes.trainable, sizes.parameters - sizes.trainable
     shard = world if stage > 0 else 1
     parameters = (trained / world if stage == 3 else trained) * each.parameter + still * each.parameter
     gradients = (trained / world if stage >= 2 else trained) * each.gradient
     match stage:
         case 0:  # reduced through a flat copy
-            buffers = float(min(trained, BUCKET) * each.gradient if world > 1 else 0)
+            buffers = float(min(trained, bucket) * each.gradient if world > 1 else 0)
         case 3:
-            buffers = float(min(trained, LIVE) * each.parameter + BUCKET * each.gradient)
+            buffers = float(min(trained, LIVE) * each.parameter + bucket * each.gradient)
         case _:
-            buffers = float(BUCKET * each.gradient)
+            buffers = float(bucket * each.gradient)
     return States(parameters, gradients, trained * each.optimizer / shard, buffers)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
 
 from mooring.capacity.partition import (
+    BUCKET,
     STAGES,
     Stage,
     States,
@@ -150,6 +152,18 @@ class Predictor:
         parts = method.parts if isinstance(method, CombinedSettings) else (method,)
         return next((scope for part in parts if (scope := getattr(part, "bank_scope", None))), "gathered")
 
+    @cached_property
+    def bucket(self) -> int:
+        """Elements of the buffer that DeepSpeed reduces gradients through: as its further settings say."""
+        file = self.config.backend.deepspeed_config
+        if file is None:
+            return BUCKET
+        try:
+            given = json.loads(file.read_text(encoding="utf-8"))["zero_optimization"]["reduce_bucket_size"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return BUCKET  # a run says what is wrong with the file
+        return int(given) if isinstance(given, int | float) else BUCKET
+
     def share(self, cluster: Cluster) -> int:
         """Images of one rank in a micro-batch: its share of ``train.batch_size``, rounded up."""
         return ceil(self.config.train.batch_size / cluster.world)
@@ -183,7 +197,7 @@ class Predictor:
         batch, accumulate = batch or self.share(cluster), accumulate or train.accumulate
         work, world = self.workload(checkpointing=checkpointing), cluster.world
         each = numbers(optimizer.name, stage, momentum=optimizer.momentum > 0)
-        model = states(self.sizes, each, stage, world)
+        model = states(self.sizes, each, stage, world, bucket=self.bucket)
         sent = traffic(
             self.sizes, each, stage, world, accumulate=accumulate,
             bank=bank_traffic(self.sizes, self.bank, world, batch * accumulate, self._statistics(batch * accumulate)),
