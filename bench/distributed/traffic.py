@@ -81,8 +81,8 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         }
 
 
-def worker(folder: Path, only: list[str]) -> None:
-    for case in cases():
+def worker(folder: Path, only: list[str], first: int) -> None:
+    for case in list(cases())[first:]:
         if only and case["method"] not in only:
             continue
         found = measure(case, folder)
@@ -99,16 +99,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.distributed.traffic", description=__doc__)
     parser.add_argument("--worlds", type=int, nargs="*", default=(2, 4))
     parser.add_argument("--methods", nargs="*", default=())
+    parser.add_argument(
+        "--first", type=int, default=0, help="go on with this case, where a run was broken off"
+    )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker(args.worker, list(args.methods))
+        worker(args.worker, list(args.methods), args.first)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder, CLASSES, 2 * CLASSES, SIDE)
         for world in args.worlds:
-            start("bench.distributed.traffic", world, folder, "--methods", *args.methods)
+            start(
+                "bench.distributed.traffic",
+                world,
+                folder,
+                "--methods",
+                *args.methods,
+                "--first",
+                str(args.first),
+            )
 
 
 if __name__ == "__main__":
