@@ -5,58 +5,20 @@ What always runs meets every method, every stage and every way to share a bank; 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from equality_cases import train
+from equality import BATCH_STATISTICS, MANY_CLASSES, STAGES, alone, both, check_equal, classes_of, deepspeed
 from method_cases import SETTINGS, make_method
 from ranks import RankPool
-
-# Sums of rows in another order round otherwise: some 1e-7 relative in a loss, which the steps then build on. Batch
-# statistics of few values make each step many times as sensitive to the one before.
-FIRST_LOSS = {"rtol": 2e-6, "atol": 1e-6}
-LATER_LOSS = {"rtol": 1e-4, "atol": 1e-5}
-MOVEMENT = 0.01  # of how far training moved a tensor; a factor that is wrong for a rank is at least 1 / 16
-STAGES = (0, 1, 2, 3)
-# At ZeRO-3 a head of so many classes is really divided, and so is everything else (see make_backend).
-MANY_CLASSES = 120
-BATCH_STATISTICS = ("concept_tuning", "daft", "stoch_norm")
-
-
-@cache
-def _alone(case: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    return train(**dict(case))
 
 
 def equal_to_one_process(pool: RankPool, method: str, kind: str, backend: str = "ddp", **case: Any) -> Any:
     """The ranks' results, after comparing them with those of one process."""
-    settings = case.pop("backend_settings", None)
-    # rounding grows fast through batch statistics of few values
-    case.setdefault("steps", 2 if kind == "cnn" and method in BATCH_STATISTICS else 3)
-    alone = _alone(tuple({"method": method, "kind": kind, **case}.items()))
-    results = pool.run(
-        "equality_cases:train", method=method, kind=kind, backend=backend, backend_settings=settings, **case
-    )
-    for result in results:
-        found, expected = torch.tensor(result["losses"]), torch.tensor(alone["losses"])
-        torch.testing.assert_close(found[0], expected[0], **FIRST_LOSS)
-        torch.testing.assert_close(found, expected, **LATER_LOSS)
-        torch.testing.assert_close(
-            torch.tensor(result["norms"]), torch.tensor(alone["norms"]), rtol=1e-3, atol=1e-5
-        )
-        assert result["weights"].keys() == alone["weights"].keys()
-        for name, tensor in result["weights"].items():
-            end, start = alone["weights"][name].double(), alone["start"][name].double()
-            rounding = 1e-6 * end.norm() + 1e-6
-            assert (tensor - end).norm() <= MOVEMENT * (end - start).norm() + rounding, name
-            assert torch.equal(tensor, results[0]["weights"][name]), name
+    results, alone = both(pool, method, kind, backend, **case)
+    check_equal(results, alone)
     return results
-
-
-def deepspeed(stage: int, **settings: Any) -> dict[str, Any]:
-    return {"backend": "deepspeed", "backend_settings": {"zero_stage": stage, **settings}}
 
 
 def case_mark(*, always: bool) -> Any:
@@ -101,8 +63,7 @@ def always_at(method: str) -> int:
     ],
 )
 def test_deepspeed_equals_one_process(two_ranks: RankPool, method: str, stage: int, kind: str) -> None:
-    classes = 10 if method == "concept_tuning" else MANY_CLASSES
-    equal_to_one_process(two_ranks, method, kind, classes=classes, **deepspeed(stage))
+    equal_to_one_process(two_ranks, method, kind, classes=classes_of(method), **deepspeed(stage))
 
 
 @pytest.mark.parametrize("scope", ["gathered", "sharded"])
@@ -116,14 +77,14 @@ def test_a_shared_bank_is_that_of_one_process(
     banks = [result["bank"] for result in results]
     # of each rank, 2 micro-batches of 8 rows: two vectors of 192 numbers, label and id
     assert results[0]["bytes"]["bank rows"] == 2 * 8 * (2 * 192 * 4 + 16)
-    alone = _alone(tuple({"method": "dr_tune", "kind": "vit", "bank_scope": scope, **case}.items()))["bank"]
+    single = alone("dr_tune", "vit", bank_scope=scope, **case)["bank"]
     if scope == "gathered":
-        assert all(torch.equal(bank["ids"], alone["ids"]) for bank in banks)
+        assert all(torch.equal(bank["ids"], single["ids"]) for bank in banks)
         assert torch.equal(banks[0]["fingerprint"], banks[1]["fingerprint"])
     else:
         # slot s lies on rank s modulo 2
         assert all(len(bank["ids"]) == 20 for bank in banks)
-        assert torch.equal(torch.stack([bank["ids"] for bank in banks], 1).flatten(), alone["ids"])
+        assert torch.equal(torch.stack([bank["ids"] for bank in banks], 1).flatten(), single["ids"])
 
 
 def test_a_private_bank_holds_a_ranks_own_rows(two_ranks: RankPool) -> None:
@@ -172,9 +133,9 @@ def test_offloading(two_ranks: RankPool, stage: int, settings: dict[str, Any]) -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["vit", "cnn"])
 @pytest.mark.parametrize("stage", ["ddp", *STAGES])
 @pytest.mark.parametrize("method", sorted(SETTINGS))
-def test_four_ranks_equal_one_process(four_ranks: RankPool, method: str, stage: str | int) -> None:
+def test_four_ranks_equal_one_process(four_ranks: RankPool, method: str, stage: str | int, kind: str) -> None:
     chosen = {"backend": "ddp"} if isinstance(stage, str) else deepspeed(stage)
-    classes = 10 if method == "concept_tuning" else MANY_CLASSES
-    equal_to_one_process(four_ranks, method, "vit", classes=classes, **chosen)
+    equal_to_one_process(four_ranks, method, kind, classes=classes_of(method), **chosen)
