@@ -6,6 +6,7 @@ import os
 import secrets
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -71,10 +72,14 @@ def send_file(file: Path, size: int, ranks: Ranks, *, source: int, here: bool) -
     part = file.with_name(f".{file.name}.part")
     writes = here and ranks.rank != source
     problem: Exception | None = None
+    read: BinaryIO | None = None
+    write: BinaryIO | None = None
     with ExitStack() as opened:
         try:
-            read = opened.enter_context(open_regular(file)) if ranks.rank == source else None
-            write = opened.enter_context(os.fdopen(open_own(part, _ANEW), "wb")) if writes else None
+            if ranks.rank == source:
+                read = opened.enter_context(open_regular(file))
+            if writes:
+                write = opened.enter_context(os.fdopen(open_own(part, _ANEW), "wb"))
         except OSError as err:
             problem = _refused(file, err)
         ranks.agree(problem)
