@@ -109,7 +109,7 @@ def test_every_calibration_of_a_sharded_bank(two_ranks: RankPool, changes: dict[
     [
         ("bi_tuning", {"classes": 11}, "ddp"),
         ("bi_tuning", {"classes": MANY_CLASSES, "micros": 2}, 3),
-        ("concept_tuning", {"classes": 5}, "ddp"),
+        ("concept_tuning", {"classes": 5, "padded": 9}, "ddp"),  # rank 1 has no valid row
         ("concept_tuning", {"classes": 5, "concept_source": "channel_slices", "channel_slices": 4}, "ddp"),
     ],
     ids=str,
@@ -147,9 +147,14 @@ def test_unequal_valid_rows_are_weighted(two_ranks: RankPool, method: str) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("padded", [5, 8, 11])
+@pytest.mark.parametrize("backend", [{"backend": "ddp"}, deepspeed(1), deepspeed(3)], ids=str)
 @pytest.mark.parametrize("method", sorted(SETTINGS))
-def test_unequal_valid_rows_are_weighted_in_every_method(two_ranks: RankPool, method: str) -> None:
-    equal_to_one_process(two_ranks, method, "vit", padded=5)
+def test_unequal_valid_rows_are_weighted_in_every_method(
+    two_ranks: RankPool, method: str, backend: dict[str, Any], padded: int
+) -> None:
+    """Of 16 rows; with 8 or 11 of them rank 1 has none."""
+    equal_to_one_process(two_ranks, method, "vit", padded=padded, **backend)
 
 
 @pytest.mark.parametrize("backend", [{"backend": "ddp"}, *(deepspeed(stage) for stage in STAGES)], ids=str)
