@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from slurm_cluster import Slurm, require_slurm, slurm
 from two_nodes import TwoNodes, require_two_nodes, two_nodes
 
 from mooring.report.metrics_log import read_metrics
+from mooring.state.store import CheckpointStore
 
 MOORING = [sys.executable, "-m", "mooring.cli"]
 RECIPE = """
@@ -178,7 +180,7 @@ def test_a_lost_rank_is_replaced_and_the_run_goes_on(
     run = nodes.folder / (disk + out.removeprefix("local/"))
     try:
         deadline = time.monotonic() + 600
-        while not (run / "checkpoints" / "step-10").is_dir():
+        while not any(ref.step >= 10 for ref in CheckpointStore(run / "checkpoints").refs()):
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline, "no checkpoint was written"
             time.sleep(0.05)
@@ -216,6 +218,34 @@ def test_a_lost_rank_is_replaced_and_the_run_goes_on(
             "rank-1.json",
             "rank-1.safetensors",
         }
+
+
+@pytest.mark.slow
+def test_a_job_goes_on_with_the_nodes_that_are_left(nodes: TwoNodes) -> None:
+    """Node1 loses its power for good: torchrun starts the other one's rank again, and the run says what changed."""
+    words = ["--torchrun", "--rendezvous=c10d", "--nodes=1:2", "--restarts=3", "--no-preflight"]
+    settings = ["train.epochs=12", "backend.name=ddp", "allow_inexact=true", "out=fewer"]
+    process = nodes.start([*MOORING, "launch", "--hostfile", "hosts", *words, "recipe.toml", *settings])
+    run = nodes.folder / "fewer"
+    try:
+        deadline = time.monotonic() + 600
+        while not any(ref.step >= 10 for ref in CheckpointStore(run / "checkpoints").refs()):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, "no checkpoint was written"
+            time.sleep(0.05)
+        nodes.switch_off("node1")
+        output, _ = process.communicate(timeout=900)
+    finally:
+        process.kill()
+        nodes.switch_on("node1")
+    assert process.returncode == 0, output
+    assert "the job goes on without it" in output
+    result = json.loads((run / "result.json").read_text())
+    assert result["processes"] == 1
+    assert [entry["differences"] for entry in result["inexact"]] == [["processes: saved 2, now 1"]]
+    assert sorted({record.step for record in read_metrics(run) if record.kind == "train"}) == list(
+        range(1, 61)
+    )
 
 
 @pytest.fixture(scope="module")
