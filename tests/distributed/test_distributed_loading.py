@@ -76,12 +76,15 @@ def changed(recipe: dict[str, Any], **changes: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("precision", ["single", "half"])
+@pytest.mark.parametrize(
+    "precision, offloaded",
+    [("single", False), ("half", False), pytest.param("half", True, marks=pytest.mark.slow)],
+)
 def test_weights_are_those_of_the_whole_load(
-    two_ranks: RankPool, recipe: dict[str, Any], precision: str
+    two_ranks: RankPool, recipe: dict[str, Any], precision: str, offloaded: bool
 ) -> None:
     file = Path(recipe["model"]["weights"]).with_name(f"{precision}.safetensors")
-    tables = changed(recipe, model={"weights": str(file)})
+    tables = changed(recipe, model={"weights": str(file)}, backend={"offload_parameters": offloaded})
     whole = two_ranks.run("loading_cases:built", **changed(tables, backend={"sharded_loading": False}))
     parts = two_ranks.run("loading_cases:built", **tables)
     for found, expected in zip(parts, whole, strict=True):
