@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_cases import encoded, picture, write, write_splits
 
+from mooring import syncing
 from mooring.data.cache import open_manifest
 from mooring.data.manifest import HEAD_FILE, ROWS_FILE, SCHEMA, Manifest, load_quarantine
 from mooring.data.scan import scan
@@ -45,6 +47,28 @@ def test_round_trip(folder: Path, saved: Path, manifest: Manifest) -> None:
         assert getattr(loaded, name) == getattr(manifest, name), name
     assert loaded.table["id"].to_pylist() == list(range(len(loaded)))
     assert load_quarantine(saved) == []
+
+
+def test_the_same_manifest_is_not_written_again_and_another_takes_its_place_file_by_file(
+    folder: Path, saved: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scanned = Manifest.load(saved)
+    before = {file.name: file.stat().st_ino for file in saved.iterdir()}
+    scanned.save(saved)
+    assert {file.name: file.stat().st_ino for file in saved.iterdir()} == before
+    there: list[bool] = []
+    real = syncing.replace_durably
+
+    def looking(fresh: Path, path: Path) -> None:
+        there.append(all((saved / name).is_file() for name in before))
+        real(fresh, path)
+
+    monkeypatch.setattr("mooring.data.manifest.replace_durably", looking)
+    other = replace(scanned, notes=(*scanned.notes, "another note"))
+    other.save(saved)
+    assert there == [True]  # the head alone is another
+    assert Manifest.load(saved).notes[-1] == "another note"
+    assert sorted(file.name for file in saved.iterdir()) == sorted(before)
 
 
 def test_the_digest_is_of_the_rows_not_of_place_and_time(folder: Path, tmp_path: Path) -> None:

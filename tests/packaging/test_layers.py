@@ -18,6 +18,7 @@ _GROUND = {
     "regular_file",
     "signs",
     "stop_signals",
+    "syncing",
     "traffic",
 }
 ALLOWED: dict[str, set[str]] = {
@@ -27,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": {"exit_codes"},
     "parsing": set(),
     "regular_file": set(),
+    "syncing": set(),
     "traffic": set(),
     "distributed": {"errors", "exit_codes", "traffic"},
     "collectives": {"distributed", "traffic"},

@@ -58,6 +58,11 @@ def test_written_files_follow_the_umask(tmp_path: Path) -> None:
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
+def test_no_other_thread_gets_another_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.umask", lambda mask: pytest.fail("the umask is the whole process's"))
+    write_text_atomic(tmp_path / "a", "x")
+
+
 def test_log_reads_back_what_was_written(tmp_path: Path) -> None:
     with MetricsLog(tmp_path) as log:
         log.write("train", step=5, epoch=0, values={"loss": math.inf, "lr": 1e-4})

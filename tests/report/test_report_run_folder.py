@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 from datetime import datetime
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 from mooring.config.load import load_config
 from mooring.errors import RunFolderError
 from mooring.report.environment import collect_environment, write_environment
-from mooring.report.run_folder import RunFolder, default_run_name, existing_run, open_run_folder
+from mooring.report.run_folder import RunFolder, default_run_name, existing_run, is_run, open_run_folder
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)
 
@@ -36,6 +38,25 @@ def test_a_fresh_folder_is_made_with_its_parents(tmp_path: Path) -> None:
     assert folder.path.is_dir()
     assert not list(folder.path.iterdir())
     assert open_run_folder(tmp_path / "a" / "b").path == folder.path, "an empty folder may be used"
+
+
+def test_what_a_kill_leaves_of_a_small_file_is_no_obstacle_and_removed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    open_run_folder(run)
+    child = os.fork()
+    if child == 0:
+        os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+        RunFolder(run).write_text("config.toml", "seed = 0\n")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    (left,) = run.iterdir()
+    assert left.name.startswith(".config.toml.")
+    assert not is_run(run)  # what resume=auto asks
+    open_run_folder(run).remove_unfinished()
+    assert not list(run.iterdir())
+    (run / ".config.toml.swp").write_text("mine")
+    with pytest.raises(RunFolderError, match="which is not empty"):
+        open_run_folder(run)
 
 
 def test_what_cannot_be_a_run_folder_is_refused(tmp_path: Path) -> None:
@@ -72,6 +93,23 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def test_a_full_disk_is_noticed_first(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"at least 1000000000000000 MB free"):
         open_run_folder(tmp_path / "run", need_bytes=10**21)
+
+
+def test_who_continues_is_not_told_to_choose_another_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RunFolder(tmp_path).write_text("config.toml", "seed = 0\n")
+    with pytest.raises(RunFolderError, match=r"got \d+ MB: free some space$"):
+        open_run_folder(tmp_path, resume=True, need_bytes=10**21)
+
+    def read_only(**arguments: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    with pytest.raises(
+        RunFolderError, match=r"Read-only file system; put that right: a run goes on in its own"
+    ):
+        open_run_folder(tmp_path, resume=True)
 
 
 def test_the_folder_to_continue_may_hold_a_run(tmp_path: Path) -> None:

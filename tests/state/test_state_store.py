@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ import torch
 from mooring.errors import RunFolderError
 from mooring.state.encoding import encode_tree
 from mooring.state.retention import Retention
-from mooring.state.store import MANIFEST, POINTER, CheckpointRef, CheckpointStore
+from mooring.state.store import MANIFEST, POINTER, CheckpointRef, CheckpointStore, _digest
 
 FILES = ["shared.safetensors", "shared.json", "rank-0.safetensors", "rank-0.json"]
 STAGES = [
@@ -221,6 +223,15 @@ def test_foreign_entries_are_left_alone(tmp_path: Path) -> None:
     assert names(store.folder) == [POINTER, "notes.txt", "step-2", "step-9", "step-99.partial.txt", "step-x"]
 
 
+def sign_anew(ref: CheckpointRef, change: dict[str, Any]) -> None:
+    """Changes a manifest, and its hash as well."""
+    file = ref.folder / MANIFEST
+    manifest = json.loads(file.read_text())
+    del manifest["manifest_sha256"]
+    manifest |= change
+    file.write_text(json.dumps(manifest | {"manifest_sha256": _digest(manifest)}))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -230,7 +241,6 @@ def test_foreign_entries_are_left_alone(tmp_path: Path) -> None:
         {"step": "2"},
         {"score": ["x", "y"]},
         {"score": 3},
-        {"format": 99},
         {"facts": None},
     ],
     ids=str,
@@ -238,16 +248,90 @@ def test_foreign_entries_are_left_alone(tmp_path: Path) -> None:
 def test_a_manifest_of_another_form_is_refused_even_if_its_hash_is_right(
     change: dict[str, Any], tmp_path: Path
 ) -> None:
-    from mooring.state.store import _digest
-
     store = CheckpointStore(tmp_path / "c")
     write(store, 1)
-    file = write(store, 2).folder / MANIFEST
-    manifest = json.loads(file.read_text())
-    del manifest["manifest_sha256"]
-    manifest |= change
-    file.write_text(json.dumps(manifest | {"manifest_sha256": _digest(manifest)}))
+    sign_anew(write(store, 2), change)
     assert_holds(store, store.newest().ref, 1)
+
+
+def test_a_newer_version_is_no_damage(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "c", keep=Retention(last=1))
+    write(store, 1)
+    sign_anew(write(store, 2), {"format": 99})
+    with pytest.raises(
+        RunFolderError, match=r"format 99; this version reads 1: use the version that wrote it"
+    ):
+        store.newest()
+    write(store, 3)  # a version that does not know it does not delete it
+    assert names(store.folder) == [POINTER, "step-2", "step-3"]
+
+
+def out_of_files(*arguments: object) -> NoReturn:
+    raise OSError(errno.EMFILE, "Too many open files", "tensors")
+
+
+@pytest.mark.parametrize("reading", ["damage", "parse_json"])
+def test_what_cannot_be_read_just_now_is_no_damage(
+    reading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path / "c")
+    write(store, 1)
+    write(store, 2)
+    with monkeypatch.context() as failing:
+        failing.setattr(f"mooring.state.store.{reading}", out_of_files)
+        with pytest.raises(RunFolderError, match=r"cannot read|cannot be read") as err:
+            store.newest()
+    assert "Too many open files" in str(err.value) and "raise the limit" in str(err.value)
+    assert_holds(store, store.newest().ref, 2)
+    assert names(store.folder) == [POINTER, "step-1", "step-2"]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "c")
+    write(store, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(RunFolderError, match=r"cannot read the checkpoints in .*Too many open files"):
+            store.newest()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert_holds(store, store.newest().ref, 1)
+
+
+def test_what_is_written_is_kept_also_where_later_steps_are_there(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "c", keep=Retention(last=1))
+    write(store, 4)
+    assert_holds(store, write(store, 2), 2)
+    assert names(store.folder) == [POINTER, "step-2", "step-4"]
+    store.set_later_aside(store.refs()[-1])
+    assert names(store.folder) == [POINTER, "step-2", "step-4.later"]
+    assert_holds(store, store.newest().ref, 2)
+    assert_holds(store, write(store, 4), 4)
+
+
+def test_once_it_stands_nothing_makes_it_a_failure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = CheckpointStore(tmp_path / "c", keep=Retention(last=1))
+    write(store, 1)
+    (store.folder / f".{POINTER}").mkdir()  # where the next pointer is written
+    assert_holds(store, write(store, 2), 2)
+    assert "the checkpoint is saved, but: Is a directory" in caplog.text
+    assert names(store.folder) == [f".{POINTER}", POINTER, "step-2"]
+    (store.folder / f".{POINTER}").rmdir()
+    assert_holds(store, write(store, 3), 3)
+    assert (store.folder / POINTER).read_text() == "step-3\n"
+
+
+def test_what_it_counts_on_comes_first(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "c")
+    write(store, 1)
+
+    def before() -> None:
+        raise OSError(errno.EIO, "Input/output error", "metrics.jsonl")
+
+    with pytest.raises(RunFolderError, match=r"Input/output error: metrics.*see to it that the file system"):
+        write(store, 2, before=before)
+    assert names(store.folder) == [POINTER, "step-1"]
 
 
 @pytest.fixture
@@ -266,7 +350,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_leaves_what_was_there(small_disk: Path) -> None:
     store = CheckpointStore(small_disk / "c")
     write(store, 1)
-    with pytest.raises(RunFolderError, match=r"No space left.*checkpoints before it are unchanged") as err:
+    with pytest.raises(
+        RunFolderError, match=r"No space left.*checkpoints before it are unchanged; free some"
+    ) as err:
         store.write(2, "large", {"shared": encode_tree({"x": torch.ones(300_000)})})
     assert isinstance(err.value.__cause__, OSError)
     assert names(store.folder) == [POINTER, "step-1"]
@@ -279,7 +365,7 @@ def test_a_read_only_disk_leaves_what_was_there(small_disk: Path) -> None:
     write(store, 1)
     remount = ["mount", "-o", "remount,{}", "tmpfs", str(small_disk)]
     subprocess.run([word.format("ro") for word in remount], check=True)
-    with pytest.raises(RunFolderError, match="Read-only file system"):
+    with pytest.raises(RunFolderError, match=r"Read-only file system.*the right to read and write"):
         write(store, 2)
     assert_holds(store, store.newest().ref, 1)
     subprocess.run([word.format("rw") for word in remount], check=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -41,14 +42,13 @@ ALWAYS = {(1, stage.format(1)) for stage in OF_ALL} | {
 }
 
 
-def write(store: CheckpointStore, step: int) -> CheckpointRef:
+def write(store: CheckpointStore, step: int, before: Callable[[], None] = lambda: None) -> CheckpointRef:
     rank = store.ranks.rank
-    return store.write(
-        step, "test", {f"rank-{rank}": encode_tree({"x": torch.full((1000,), 10.0 * step + rank)})}
-    )
+    parts = {f"rank-{rank}": encode_tree({"x": torch.full((1000,), 10.0 * step + rank)})}
+    return store.write(step, "test", parts, before=before)
 
 
-def write_two(rank: int, folder: Path, meeting: Path, fatal: tuple[int, str] | None, wrong: bool) -> None:
+def write_two(rank: int, folder: Path, meeting: Path, fatal: tuple[int, str] | None, wrong: str) -> None:
     """One rank: a checkpoint of step 1 and one of step 2, in which the fatal rank is killed at the fatal stage."""
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
@@ -59,19 +59,23 @@ def write_two(rank: int, folder: Path, meeting: Path, fatal: tuple[int, str] | N
     def stage(name: str) -> None:
         if first_stands and (rank, name) == fatal:
             os.kill(os.getpid(), signal.SIGKILL)
-        if first_stands and wrong and (rank, name) == (1, OF_ALL[0].format(1)):
+        if first_stands and wrong == "write" and (rank, name) == (1, OF_ALL[0].format(1)):
+            raise OSError(28, "No space left on device")
+
+    def sync_log() -> None:
+        if wrong == "log" and rank == 0:
             raise OSError(28, "No space left on device")
 
     store = CheckpointStore(folder, Ranks.here(), keep=Retention(last=1), stage=stage)
     write(store, 1)
     first_stands = True
     try:
-        write(store, 2)
+        write(store, 2, sync_log)
     except RunFolderError as err:
         (meeting.parent / f"refused-{rank}").write_text(str(err))
 
 
-def run_two(folder: Path, fatal: tuple[int, str] | None, *, wrong: bool = False) -> list[int]:
+def run_two(folder: Path, fatal: tuple[int, str] | None, *, wrong: str = "") -> list[int]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "mooring.state.store", "mooring.state.encoding"])
     processes = [
@@ -112,8 +116,9 @@ def test_whichever_rank_dies_the_newest_is_whole(fatal: tuple[int, str], tmp_pat
     assert_whole(tmp_path, 2 if fatal[1] in _COMMITTED else 1)
 
 
-def test_a_rank_that_cannot_write_stops_the_others_too(tmp_path: Path) -> None:
-    assert run_two(tmp_path, None, wrong=True) == [0, 0]
+@pytest.mark.parametrize("wrong", ["write", "log"])
+def test_a_rank_that_cannot_write_stops_the_others_too(wrong: str, tmp_path: Path) -> None:
+    assert run_two(tmp_path, None, wrong=wrong) == [0, 0]
     assert_whole(tmp_path, 1)
     for rank in (0, 1):
         assert "No space left on device" in (tmp_path / f"refused-{rank}").read_text()

@@ -6,6 +6,7 @@ On disk a folder: ``manifest.parquet`` (rows), ``manifest.json`` (root, classes,
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from mooring.data.quarantine import Quarantined, read_quarantine, write_quaranti
 from mooring.errors import DataError, RunFolderError
 from mooring.parsing import parse_json
 from mooring.regular_file import open_regular, read_regular
+from mooring.syncing import make_folder, replace_durably
 
 VERSION = 1
 ROWS_FILE, HEAD_FILE, QUARANTINE_FILE = "manifest.parquet", "manifest.json", "quarantine.csv"
@@ -167,7 +169,7 @@ class Manifest:
         return replace(self, classes=tuple(classes), table=table)
 
     def save(self, folder: Path) -> None:
-        """Writes the manifest folder; ``manifest.json`` comes last, so a folder that has it is whole.
+        """Writes the manifest folder, file by file and each whole; what is the same already is left as it is.
 
         Raises:
             RunFolderError: the folder cannot be written.
@@ -183,14 +185,20 @@ class Manifest:
             "notes": list(self.notes),
             "quarantined": len(self.quarantine),
         }
+        text = json.dumps(head, indent=1, ensure_ascii=False) + "\n"
+        # the head last: a new folder that has one is whole, and of a mixed one it tells another digest
+        names = (ROWS_FILE, QUARANTINE_FILE, HEAD_FILE)
+        parts = {name: folder / f"{name}.part" for name in names}
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / HEAD_FILE).unlink(missing_ok=True)
-            pq.write_table(self.table, folder / ROWS_FILE)
-            write_quarantine(folder / QUARANTINE_FILE, self.quarantine)
-            part = folder / f"{HEAD_FILE}.part"
-            part.write_text(json.dumps(head, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            part.replace(folder / HEAD_FILE)
+            make_folder(folder)
+            pq.write_table(self.table, parts[ROWS_FILE])
+            write_quarantine(parts[QUARANTINE_FILE], self.quarantine)
+            parts[HEAD_FILE].write_text(text, encoding="utf-8")
+            for name, part in parts.items():
+                if (folder / name).is_file() and filecmp.cmp(part, folder / name, shallow=False):
+                    part.unlink()
+                else:
+                    replace_durably(part, folder / name)
         except OSError as err:
             raise RunFolderError(
                 f"cannot write the manifest to {folder}: {err.strerror or err}: give another folder"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mooring.errors import RunFolderError, WeightsError
 from mooring.models.encoder import Encoder
 from mooring.models.torchvision_shim import import_timm
+from mooring.syncing import make_folder, replace_durably
 
 timm = import_timm()
 
@@ -171,13 +172,13 @@ def _write(folder: Path, document: dict[str, Any], full: nn.Module) -> None:
     # clone: safetensors refuses tensors that share memory
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in full.state_dict().items()}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         partial = folder / "model.safetensors.partial"
         save_file(tensors, partial, metadata={"format": "pt"})
-        partial.replace(folder / "model.safetensors")
+        replace_durably(partial, folder / "model.safetensors")
         partial = folder / "config.json.partial"
         partial.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(folder / "config.json")
+        replace_durably(partial, folder / "config.json")
     except OSError as err:
         raise RunFolderError(
             f"the model cannot be written to {folder} ({err}): free space or choose another out"

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mooring.models.last_map import last_map
+from mooring.syncing import make_folder, replace_durably
 from mooring_kernels import channel_attention
 
 # At the start softplus(rho - 5) is about 0.007: next to no noise.
@@ -164,10 +165,10 @@ def save_front_door(folder: Path, front_door: FrontDoorHead, choice: str) -> dic
         What ``with_front_door`` has to find under ``mooring`` in the model's ``config.json``.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in front_door.state_dict().items()}
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     partial = folder / f"{_FILE}.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(folder / _FILE)
+    replace_durably(partial, folder / _FILE)
     shape = {"bottleneck": front_door.bottleneck, "fusion": front_door.fusion}
     return {"predict": choice, "front_door": shape}
 

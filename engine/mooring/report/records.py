@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
+import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from mooring.syncing import replace_durably
+
 # JSON has no non-finite numbers; these words stand for them and are read back as floats.
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
 
 
 def to_json_value(value: Any) -> Any:
@@ -54,20 +57,19 @@ def json_line(value: Any) -> str:
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Writes ``path`` as a whole: a reader, or a crash, sees the old file or the new one, never a part."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:  # with the modes that the umask leaves
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes it readable by its owner only
-        temporary.replace(path)
+        replace_durably(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether ``write_text_atomic`` made a file of this name, and left it there because the process was killed."""
+    return _UNFINISHED.fullmatch(name) is not None
 
 
 def write_json_atomic(path: Path, value: Any) -> None:

@@ -16,8 +16,9 @@ from mooring.config.schema import RunConfig
 from mooring.errors import RunFolderError
 from mooring.parsing import parse_json
 from mooring.regular_file import read_regular
-from mooring.report.records import write_json_atomic, write_text_atomic
+from mooring.report.records import is_unfinished, write_json_atomic, write_text_atomic
 from mooring.report.run_lock import LOCK
+from mooring.syncing import make_folder
 
 # What logs, pictures and TensorBoard events of a long run may take; weights come on top.
 LOG_BYTES = 64 << 20
@@ -30,7 +31,9 @@ class RunFolder:
     """A run folder that exists.
 
     It holds ``config.toml`` (resolved), ``environment.json``, ``metrics.jsonl``, ``result.json``,
-    ``confusion.json``, ``tensorboard/``, pictures, ``manifest/``, ``checkpoints/``, ``best/`` and ``model/``.
+    ``confusion.json``, ``tensorboard/``, pictures, ``manifest/``, ``checkpoints/``, ``saved.txt`` (a checkpoint once
+    stood), ``best/``, ``best-E/`` (what an older checkpoint would go on with), ``test/``, ``extra_test/`` and
+    ``model/``.
     """
 
     path: Path
@@ -42,6 +45,12 @@ class RunFolder:
     def write_json(self, name: str, value: Any) -> None:
         """Writes strict JSON as a whole; non-finite numbers become words."""
         write_json_atomic(self.path / name, value)
+
+    def remove_unfinished(self) -> None:
+        """Deletes what killed processes left of small files that they were writing; nobody else writes here now."""
+        for entry in list(self.path.iterdir()):
+            if is_unfinished(entry.name):
+                entry.unlink()
 
     def read_json(self, name: str) -> Any:
         """The content of a JSON file.
@@ -83,7 +92,9 @@ def check_run_folder(path: Path, *, resume: bool = False) -> None:
     if resume:
         _require_run(path)
         _refuse_links(path)
-    elif path.is_dir() and any(entry.name != LOCK for entry in path.iterdir()):
+    elif path.is_dir() and not all(
+        entry.name == LOCK or is_unfinished(entry.name) for entry in path.iterdir()
+    ):
         raise RunFolderError(
             f"out: expected a new or empty folder, got {path}, which is not empty: choose another out=, "
             f"or continue that run with resume={path}"
@@ -102,19 +113,20 @@ def open_run_folder(path: Path, *, resume: bool = False, need_bytes: int = LOG_B
         RunFolderError: it is a file, holds something else, cannot be written, or the disk is nearly full.
     """
     check_run_folder(path, resume=resume)
+    otherwise = "put that right: a run goes on in its own folder" if resume else "choose another out="
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         with tempfile.TemporaryFile(dir=path):
             pass  # permission bits lie (root, network file systems, quotas): only a write tells
     except OSError as err:
         raise RunFolderError(
-            f"out: expected a folder that can be written, got {path}: {err.strerror}; choose another out="
+            f"out: expected a folder that can be written, got {path}: {err.strerror}; {otherwise}"
         ) from None
     free = shutil.disk_usage(path).free
     if free < need_bytes:
         raise RunFolderError(
             f"out: expected at least {need_bytes / 1e6:.0f} MB free for {path}, got {free / 1e6:.0f} MB: "
-            "free some space, or choose another out="
+            f"free some space{'' if resume else ', or choose another out='}"
         )
     return RunFolder(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
@@ -42,17 +43,28 @@ def write_durably(path: Path, content: Iterable[bytes | memoryview]) -> dict[str
     return {"size": size, "sha256": total.hexdigest()}
 
 
-def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def is_absent(err: OSError) -> bool:
+    """Whether no file stands in that place, or something else: no second try would find it."""
+    return err.errno in (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO)
+
+
+def remedy(number: int | None) -> str:
+    """What can be done about an error of the system, by its number."""
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space"
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return "give this process the right to read and write there"
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "close files, or raise the limit of open ones"
+    return "see to it that the file system answers"
 
 
 def damage(file: Path, expected: Mapping[str, Any]) -> str | None:
-    """What is wrong with a file that ``write_durably`` described as ``expected``; None where nothing is."""
+    """What is wrong with a file that ``write_durably`` described as ``expected``; None where nothing is.
+
+    Raises:
+        OSError: it is there and cannot be read just now, which says nothing about its content.
+    """
     try:
         size = file.stat().st_size
         if size != expected["size"]:
@@ -60,6 +72,8 @@ def damage(file: Path, expected: Mapping[str, Any]) -> str | None:
         with open_regular(file) as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as err:
+        if not is_absent(err):
+            raise
         return f"{file} cannot be read ({err.strerror}), but the manifest lists it"
     if digest != expected["sha256"]:
         return f"{file} is damaged: expected sha256 {expected['sha256']}, got {digest}"

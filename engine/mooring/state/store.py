@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,7 @@ from mooring.distributed import ALONE, Ranks
 from mooring.errors import RunFolderError
 from mooring.parsing import parse_json
 from mooring.regular_file import read_regular
-from mooring.state.durable import damage, read_checked, sync, write_durably
+from mooring.state.durable import damage, is_absent, read_checked, remedy, write_durably
 from mooring.state.encoding import (
     EncodedTree,
     TreeView,
@@ -42,6 +43,7 @@ from mooring.state.encoding import (
 )
 from mooring.state.file_systems import keepers, send_file
 from mooring.state.retention import Retention
+from mooring.syncing import make_folder, sync
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
@@ -49,8 +51,14 @@ POINTER = "latest"
 _FORMAT = 1
 _NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
 _PARTIAL, _DAMAGED = ".partial", ".damaged"
+LATER = ".later"  # what another course of the run saved, set aside
+_LOGGER = logging.getLogger("mooring")
 _T = TypeVar("_T")
 _Problem = tuple[int, str]  # the system's number of an error (0: none), and its words
+
+
+class DamagedError(RunFolderError):
+    """A checkpoint that is not what was written; others are of another version, or cannot be read just now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +150,11 @@ class CheckpointStore:
         *,
         facts: Mapping[str, Any] | None = None,
         score: tuple[float, float] | None = None,
+        before: Callable[[], None] = lambda: None,
     ) -> CheckpointRef:
         """Writes one checkpoint; returns when it is on the disk under its name, on every rank.
+
+        What fails after that (the pointer, old ones that stay) is a warning: the checkpoint stands.
 
         Args:
             step: optimizer steps done.
@@ -151,6 +162,7 @@ class CheckpointStore:
             parts: what this rank has to keep, by name; the names of all ranks differ.
             facts: JSON values that can be read without reading the parts.
             score: validation top-1 and loss of this step, where it was validated.
+            before: brings to the disk what the checkpoint counts on; called on every rank before it is committed.
 
         Raises:
             RunFolderError: it could not be written; on every rank, whichever of them failed. The checkpoints before
@@ -162,6 +174,7 @@ class CheckpointStore:
         written: dict[str, Any] = {}
         problem: _Problem | None = None
         try:
+            before()
             if not partial.is_dir():
                 raise RunFolderError(
                     f"{partial}: expected the folder that rank {self.keepers[self.ranks.rank]} made, got nothing: is "
@@ -194,8 +207,11 @@ class CheckpointStore:
             "files": {file: described for files, _ in found for file, described in files.items()},
         }
         self._on_keepers(lambda: self._commit(ref, manifest))
-        self._on_keepers(lambda: self._point_at(ref))  # only now: it stands everywhere
-        self._delete_old()
+        if self._tried(
+            self._sync_parent
+        ):  # else the name may be lost with the power: what is older must stay
+            self._tried(lambda: self._point_at(ref))  # only now: it stands everywhere
+            self._delete_old(ref)
         self._stage("done")
         return ref
 
@@ -213,7 +229,7 @@ class CheckpointStore:
 
         def serials() -> list[int]:
             self._stage("make the folder")
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             places = [_place(entry.name) for entry in self.folder.iterdir()]
             return [serial for of_step, serial in places if of_step == step]
 
@@ -240,6 +256,8 @@ class CheckpointStore:
         except OSError:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+    def _sync_parent(self) -> None:
         self._stage("sync the parent")
         sync(self.folder)
 
@@ -251,21 +269,26 @@ class CheckpointStore:
         fresh.replace(self.folder / POINTER)
         sync(self.folder)
 
-    def _delete_old(self) -> None:
-        # where nothing of what would stay can be read back, what is older may be the last good one
-        if not all(found is not False for found in self._on_keepers(self._may_delete)):
-            return
-        self._on_keepers(self._delete)
+    def _delete_old(self, newest: CheckpointRef) -> None:
+        def may_delete() -> None:
+            self._stage("delete old checkpoints")
+            refs = self.refs()
+            kept = self._kept(refs, newest)
+            if len(kept) == len(refs) or any(self._damage(refs[i].folder) is None for i in sorted(kept)):
+                return
+            # what is older may be the last good one
+            raise RunFolderError("nothing of what would stay can be read back: older checkpoints are kept")
 
-    def _may_delete(self) -> bool:
-        self._stage("delete old checkpoints")
-        refs = self.refs()
-        kept = self.keep.kept(refs)
-        return len(kept) == len(refs) or any(self._damage(refs[i].folder) is None for i in sorted(kept))
+        if self._tried(may_delete):
+            self._tried(lambda: self._delete(newest))
 
-    def _delete(self) -> None:
+    def _kept(self, refs: list[CheckpointRef], newest: CheckpointRef) -> set[int]:
+        """What stays, the one just written in any case: it may be of an earlier step than others."""
+        return self.keep.kept(refs) | {i for i, ref in enumerate(refs) if ref.place == newest.place}
+
+    def _delete(self, newest: CheckpointRef) -> None:
         refs = self.refs()
-        kept = self.keep.kept(refs)
+        kept = self._kept(refs, newest)
         for i, ref in enumerate(refs):
             if i not in kept:
                 # under a name that does not count, and that is tidied up where this process dies
@@ -274,27 +297,50 @@ class CheckpointStore:
                 self._stage("remove")
                 shutil.rmtree(leaving, ignore_errors=True)
 
-    def _on_keepers(self, work: Callable[[], _T]) -> list[_T | None]:
+    def _on_keepers(
+        self, work: Callable[[], _T], failing: Callable[[_Problem], NoReturn] | None = None
+    ) -> list[_T | None]:
         """Every keeper does the work; all ranks have what it came to, by rank, or raise the first one's error."""
+        results, failed = self._gathered(work)
+        if failed is not None:
+            (failing or self._give_up)(failed)
+        return results
+
+    def _tried(self, work: Callable[[], object]) -> bool:
+        """Whether every keeper could do the work; what it came to otherwise is a warning."""
+        _, failed = self._gathered(work)
+        if failed is not None and self.ranks.is_first:
+            _LOGGER.warning("the checkpoint is saved, but: %s", failed[1])
+        return failed is None
+
+    def _gathered(self, work: Callable[[], _T]) -> tuple[list[_T | None], _Problem | None]:
         result: _T | None = None
         problem: _Problem | None = None
         if self._is_keeper:
             try:
                 result = work()
-            except OSError as err:
+            except (OSError, RunFolderError) as err:
                 problem = _problem(err)
         told = self.ranks.gather((result, problem))
         failed = next((theirs for _, theirs in told if theirs is not None), None)
-        if failed is not None:
-            self._give_up(failed)
-        return [theirs for theirs, _ in told]
+        return [theirs for theirs, _ in told], failed
 
     def _give_up(self, problem: _Problem) -> NoReturn:
         number, text = problem
         raise RunFolderError(
             f"cannot save a checkpoint to {self.folder} ({text}): the checkpoints before it are unchanged; "
-            "free space or choose another place"
+            f"{remedy(number)} and continue the run"
         ) from (OSError(number, text) if number else None)
+
+    def _cannot_read(self, problem: _Problem) -> NoReturn:
+        """Nothing says that what cannot be read just now is damaged: nothing is set aside for it."""
+        number, text = problem
+        if not number:
+            raise RunFolderError(text)
+        raise RunFolderError(
+            f"cannot read the checkpoints in {self.folder} ({text}): nothing was changed; {remedy(number)} and try "
+            "again, or move what cannot be read out of there to continue from the checkpoint before it"
+        ) from OSError(number, text)
 
     # ---------------------------------------------------------------- finding
 
@@ -309,17 +355,24 @@ class CheckpointStore:
         return sorted(found, key=lambda ref: ref.place, reverse=True)
 
     def newest(self) -> Found:
-        """The newest checkpoint all of whose files are what was written; reads every byte of it, where it lies."""
+        """The newest checkpoint all of whose files are what was written; reads every byte of it, where it lies.
+
+        Raises:
+            RunFolderError: a newer one cannot be read just now, or is of another version: it may be whole.
+        """
         notes: list[str] = []
         damaged: list[Path] = []
         names = {
             name
-            for found in self._on_keepers(lambda: [folder.name for folder in self._folders()])
+            for found in self._on_keepers(
+                lambda: [folder.name for folder in self._folders()], self._cannot_read
+            )
             for name in found or []
         }
         for name in sorted(names, key=_place, reverse=True):
             folder = self.folder / name
-            looked = [found for found in self._on_keepers(partial(self._look, folder)) if found is not None]
+            told = self._on_keepers(partial(self._look, folder), self._cannot_read)
+            looked = [found for found in told if found is not None]
             problem = _not_whole(looked)
             if problem is not None:
                 notes.append(f"{name} cannot be used: {problem}")
@@ -337,7 +390,7 @@ class CheckpointStore:
             return _Look(None, frozenset(), None)
         try:
             manifest = _manifest(folder)
-        except RunFolderError as err:
+        except DamagedError as err:
             return _Look(None, frozenset(), str(err))
         files = manifest["files"]
         there = frozenset(name for name in files if self._is_shared or (folder / name).is_file())
@@ -439,6 +492,16 @@ class CheckpointStore:
         """
         self._on_keepers(lambda: self._tidy(damaged))
 
+    def set_later_aside(self, ref: CheckpointRef) -> None:
+        """Before a run goes on from ``ref``: what another course of it saved later becomes ``NAME.later``."""
+        self._on_keepers(lambda: self._set_later_aside(ref))
+
+    def _set_later_aside(self, ref: CheckpointRef) -> None:
+        for folder in self._folders():
+            if _place(folder.name) > ref.place:
+                _set_aside(folder, LATER)
+        sync(self.folder)
+
     def _tidy(self, damaged: list[Path]) -> None:
         for entry in list(self.folder.iterdir()) if self.folder.is_dir() else []:
             if entry.name.endswith(_PARTIAL) and _NAME.fullmatch(entry.name.removesuffix(_PARTIAL)):
@@ -446,9 +509,11 @@ class CheckpointStore:
         for folder in damaged:
             if not folder.is_dir():  # it is on another file system
                 continue
-            aside = folder.with_name(folder.name + _DAMAGED)
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+            _set_aside(folder, _DAMAGED)
+
+    def folders(self) -> list[Path]:
+        """Those of the checkpoints on this file system, whole or damaged."""
+        return self._folders()
 
     def _folders(self) -> list[Path]:
         if not self.folder.is_dir():
@@ -461,7 +526,10 @@ class CheckpointStore:
         except RunFolderError as err:
             return str(err)
         there = [name for name in files if self._is_shared or (folder / name).is_file()]
-        return next((found for name in there if (found := damage(folder / name, files[name]))), None)
+        try:
+            return next((found for name in there if (found := damage(folder / name, files[name]))), None)
+        except OSError as err:
+            return _problem(err)[1]
 
 
 def checkpoints_of(run: Path, ranks: Ranks = ALONE) -> CheckpointStore:
@@ -492,6 +560,12 @@ def _not_whole(looked: list[_Look]) -> str | None:
     return None
 
 
+def _set_aside(folder: Path, ending: str) -> None:
+    aside = folder.with_name(folder.name + ending)
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+
+
 def _place(name: str) -> tuple[int, int]:
     """Step and serial number of a checkpoint's folder, finished or partial; (-1, -1) of anything else."""
     found = _NAME.fullmatch(name.removesuffix(_PARTIAL))
@@ -513,7 +587,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
     """The checked manifest of a checkpoint.
 
     Raises:
-        RunFolderError: there is none, it is not what was written, or it is of another version.
+        DamagedError: there is none, or it is not what was written.
+        RunFolderError: it cannot be read just now, or it is of another version.
     """
     file = folder / MANIFEST
     try:
@@ -523,15 +598,22 @@ def _manifest(folder: Path) -> dict[str, Any]:
             raise ValueError("its own sha256 is another")
         known = manifest["format"] == _FORMAT
     except FileNotFoundError:
-        raise RunFolderError(f"{folder} has no {MANIFEST}: it was not written to its end") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
-        raise RunFolderError(f"{file} is damaged ({type(err).__name__}: {err})") from err
+        raise DamagedError(f"{folder} has no {MANIFEST}: it was not written to its end") from None
+    except OSError as err:
+        if is_absent(err):
+            raise DamagedError(f"{file} is damaged ({err})") from err
+        raise RunFolderError(
+            f"{file} cannot be read ({err.strerror}): {remedy(err.errno)} and try again, or move {folder} away to "
+            "continue from the checkpoint before it"
+        ) from err
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise DamagedError(f"{file} is damaged ({type(err).__name__}: {err})") from err
     if not known:
         raise RunFolderError(
             f"{file} has format {manifest['format']!r}; this version reads {_FORMAT}: use the version that wrote it"
         )
     if not _well_formed(manifest):
-        raise RunFolderError(f"{file} is no manifest of a checkpoint: use another one")
+        raise DamagedError(f"{file} is no manifest of a checkpoint: use another one")
     return manifest
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from mooring.errors import RunFolderError
 from mooring.parsing import parse_json
 from mooring.regular_file import read_regular
-from mooring.state.durable import read_checked, sync, write_durably
+from mooring.state.durable import read_checked, remedy, write_durably
 from mooring.state.encoding import decode_tree, document_bytes, encode_tree, tensor_bytes
+from mooring.syncing import make_folder, sync
 
 TENSORS = "tensors.safetensors"
 TREE = "tree.json"
@@ -22,7 +23,7 @@ _FORMAT = 1
 _PREVIOUS = ".previous"
 
 
-def save_tree(folder: str | Path, tree: Any, *, replace: bool = False) -> Path:
+def save_tree(folder: str | Path, tree: Any, *, replace: bool = False, aside: Path | None = None) -> Path:
     """Writes ``tree`` to a new folder.
 
     The folder appears under its name only when complete: files are written to ``<folder>.partial`` and
@@ -33,6 +34,7 @@ def save_tree(folder: str | Path, tree: Any, *, replace: bool = False) -> Path:
         tree: as ``mooring.state.encoding.encode_tree`` takes it.
         replace: take the place of an existing folder. The old one is kept as ``<folder>.previous`` until
             the new one stands, and ``load_tree`` finds it there if the process dies in between.
+        aside: where the old one then goes, beside ``folder``; None: it is deleted.
 
     Returns:
         ``folder``.
@@ -47,7 +49,7 @@ def save_tree(folder: str | Path, tree: Any, *, replace: bool = False) -> Path:
         raise RunFolderError(f"{folder} exists already: choose another name, or remove it")
     partial = folder.with_name(folder.name + ".partial")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         shutil.rmtree(partial, ignore_errors=True)  # left by a process that died while writing
         partial.mkdir()
         with _removed_on_failure(partial):
@@ -58,10 +60,10 @@ def save_tree(folder: str | Path, tree: Any, *, replace: bool = False) -> Path:
             manifest = json.dumps({"format": _FORMAT, "files": files}, indent=1)
             write_durably(partial / MANIFEST, [manifest.encode()])
             sync(partial)
-            _move_into_place(partial, folder)
+            _move_into_place(partial, folder, aside)
     except OSError as err:
         raise RunFolderError(
-            f"cannot save to {folder} ({err}): nothing was changed; free space or choose another place"
+            f"cannot save to {folder} ({err}): nothing was changed; {remedy(err.errno)}"
         ) from err
     return folder
 
@@ -90,12 +92,22 @@ def load_tree(folder: str | Path) -> Any:
         raise RunFolderError(f"{folder} holds a tree this version cannot read ({err})") from err
 
 
+def digest(folder: Path) -> str:
+    """sha256 of the tensors of a saved tree, as its manifest has it.
+
+    Raises:
+        RunFolderError: there is no such tree.
+    """
+    return str(_manifest(folder)[TENSORS]["sha256"])
+
+
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         manifest = parse_json(read_regular(folder / MANIFEST))
         files = manifest["files"]
+        kinds = {"size": int, "sha256": str}
         complete = manifest["format"] == _FORMAT and all(
-            {"size", "sha256"} <= set(files[name]) for name in (TENSORS, TREE)
+            isinstance(files[name][key], kind) for name in (TENSORS, TREE) for key, kind in kinds.items()
         )
     except FileNotFoundError:
         raise RunFolderError(
@@ -107,19 +119,23 @@ def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
         ) from err
     if not complete:
         raise RunFolderError(
-            f"{folder / MANIFEST} has format {manifest['format']!r}; this version reads {_FORMAT}: "
-            "use the version that wrote it"
+            f"{folder / MANIFEST} has format {manifest['format']!r} or entries of another form; this version reads "
+            f"{_FORMAT}: use the version that wrote it"
         )
     return files
 
 
-def _move_into_place(partial: Path, folder: Path) -> None:
+def _move_into_place(partial: Path, folder: Path, aside: Path | None) -> None:
     previous = previous_tree(folder)
     if folder.exists():
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
     partial.rename(folder)
     sync(folder.parent)
+    if aside is not None and previous.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        previous.rename(aside)
+        sync(folder.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
