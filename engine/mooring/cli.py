@@ -334,8 +334,13 @@ def _train(config: RunConfig, *, dry_run: bool = False) -> None:
     first = launched_ranks().is_first  # of several processes, the first one speaks
 
     # a first use of a data path decodes every image: that can take minutes, and must not look like a hang
-    with counting("reading the data", "images", config.report.progress if first else "quiet") as progress:
-        engine = Engine.build(config, scan_progress=progress)
+    try:
+        with counting("reading the data", "images", config.report.progress if first else "quiet") as progress:
+            engine = Engine.build(config, scan_progress=progress)
+    except KeyboardInterrupt:
+        kept = "the run is as it was" if config.resume is not None else "nothing was written"
+        _fail("interrupted", f"stopped before the run began; {kept}")
+        raise typer.Exit(INTERRUPTED) from None
     if first:
         _print_data_notes(config, engine.parts.manifest)
     if dry_run:
@@ -348,18 +353,19 @@ def _train(config: RunConfig, *, dry_run: bool = False) -> None:
     try:
         result = engine.fit()
     except KeyboardInterrupt:  # a second Ctrl-C, while the first was being dealt with
-        _fail(
-            "interrupted",
-            f"stopped at once; the last saved state is in {config.out or 'the newest folder of runs/'}",
-        )
+        place = config.out or "the newest folder of runs/"
+        _fail("interrupted", f"stopped at once; the last saved state, where there is one, is in {place}")
         raise typer.Exit(INTERRUPTED) from None
     if first:
         _print_result(config, result)
     if result.interrupted:
         if first:
+            kept, again = f"what was finished is in {result.run}", "continue with"
+            if not engine.is_ready:
+                kept, again = "stopped in the set-up: no step was done and no state saved", "begin anew with"
             _fail(
                 "preempted" if result.preempted else "interrupted",
-                f"what was finished is in {result.run}; continue with  mooring train --resume {result.run}",
+                f"{kept}; {again}  mooring train --resume {result.run}",
             )
         raise typer.Exit(PREEMPTED if result.preempted else INTERRUPTED)
 
@@ -386,7 +392,8 @@ def _train_with_restarts(
 def _print_differences(config: RunConfig, run: Path) -> bool:
     """Lists what is not as it was when the run was saved; returns whether it would continue bit for bit."""
     from mooring.state.store import checkpoints_of
-    from mooring.train.checkpoint import compared
+    from mooring.train.best_weights import require
+    from mooring.train.checkpoint import SHARED, compared, require_unsaved
     from mooring.train.engine import Engine
 
     store = checkpoints_of(run)
@@ -396,10 +403,12 @@ def _print_differences(config: RunConfig, run: Path) -> bool:
         _warn(note)
     console = _stdout()
     if found.ref is None:
+        require_unsaved(run)
         console.print("nothing was saved yet: the run would start from its beginning")
         return True
     with Engine.build(config) as engine:
         differences = compared(engine, store, found.ref)
+    require(run, store.read(found.ref, SHARED)["best"]["epoch"], store, found.ref)
     exact = not any(difference.breaks for difference in differences)
     if differences:
         table = Table("what", "saved", "now", "bit for bit", header_style="bold")

@@ -15,9 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from mooring.cli import app
 from mooring.exit_codes import PREEMPTED, USER_ERROR
 from mooring.state.store import checkpoints_of
+from mooring.train.engine import Engine
 from mooring.train.inference import load_run
 
 
@@ -79,6 +82,27 @@ def test_a_signal_leaves_a_run_that_predicts_and_continues(
     assert "mooring train --resume" in errors.replace("\n", " ")
     assert load_run(run).classes == ["class_0", "class_1"]
     assert checkpoints_of(run).newest().ref is not None
+
+
+@pytest.mark.parametrize("while_", ["the data is read", "the method is set up"])
+def test_who_stops_before_the_first_step_is_not_told_that_something_is_kept(
+    words: list[str], tmp_path: Path, while_: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        if while_ == "the data is read":
+            raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setenv("MOORING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Engine, "build" if while_ == "the data is read" else "prepare", interrupted)
+    found = CliRunner(env={"COLUMNS": "400"}).invoke(app, words[3:])
+    says = " ".join(found.stderr.replace("│", " ").split())
+    assert found.exit_code == 130, found.output
+    if while_ == "the data is read":
+        assert "stopped before the run began; nothing was written" in says
+    else:
+        assert "stopped in the set-up: no step was done and no state saved; begin anew with" in says
+    assert "kept" not in says and "finished" not in says
 
 
 def test_a_killed_run_restarts_by_itself_and_ends_when_preempted(words: list[str], tmp_path: Path) -> None:

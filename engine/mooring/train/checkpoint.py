@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +12,8 @@ from mooring.config.schema import CheckpointSettings, RunConfig
 from mooring.distributed import ALONE, Ranks
 from mooring.errors import RunFolderError
 from mooring.models.deferred import is_deferred
-from mooring.report.run_folder import is_run
+from mooring.report.records import write_text_atomic
+from mooring.report.run_folder import existing_run, is_run
 from mooring.state.background import Background
 from mooring.state.encoding import TreeView
 from mooring.state.file_systems import keepers
@@ -18,6 +21,7 @@ from mooring.state.retention import Retention
 from mooring.state.rng import capture_rng, restore_rng
 from mooring.state.snapshot import HostMemory
 from mooring.state.store import FOLDER, CheckpointRef, CheckpointStore
+from mooring.train import best_weights
 from mooring.train.exactness import Difference, differences, run_facts
 from mooring.train.other_ranks import resharded_part
 
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from mooring.train.engine import Engine
 
 SHARED = "shared"
+_SAVED = "saved.txt"  # says that a checkpoint once stood, where they were deleted since
 
 
 def engine_state(engine: Engine) -> dict[str, Any]:
@@ -177,7 +182,7 @@ class Checkpoints:
             engine: between two steps.
             reason: for people.
             score: validation top-1 and loss of this state, where it was just validated.
-            before: called before the checkpoint is committed, from the thread that writes.
+            before: called on every rank before the checkpoint is committed, from the thread that writes.
 
         Raises:
             RunFolderError: the save before this one failed.
@@ -185,16 +190,50 @@ class Checkpoints:
         self._background.wait()  # its copy of the state is this one's
         parts = self._memory.take(engine_state(engine))
         step = engine.global_step
-        facts = self._facts = self._facts or run_facts(engine)  # they do not change while a process lives
+        self._facts = self._facts or run_facts(engine)  # they do not change while a process lives
+        facts = self._facts | {best_weights.FACT: engine.best.epoch}
 
         def write() -> None:
-            before()
-            self._newest = self.store.write(step, reason, parts, facts=facts, score=score)
+            ref = self.store.write(step, reason, parts, facts=facts, score=score, before=before)
+            self._newest = ref
+            if self.store.ranks.is_first:
+                with suppress(OSError):  # the checkpoint stands, and the next one makes up for it
+                    self._after(ref)
 
         if self._in_background:
             self._background.start(write)
         else:
             write()
+
+    def _after(self, ref: CheckpointRef) -> None:
+        """What may change in the run folder once a checkpoint stands."""
+        run = self.store.folder.parent
+        if not (run / _SAVED).exists():
+            write_text_atomic(
+                run / _SAVED, f"saved first after step {ref.step}: to go on, this run needs {FOLDER}/\n"
+            )
+        best_weights.prune(run, best_weights.best_epochs(self.store))
+
+    def go_on_from(self, engine: Engine, ref: CheckpointRef) -> None:
+        """Sets aside what another course of the run saved after ``ref``, which ``engine`` was resumed from.
+
+        Raises:
+            RunFolderError: the folder cannot be changed.
+        """
+        store, ranks = self.store, self.store.ranks
+        if ref.folder.parent.resolve() != store.folder.resolve():
+            return  # it is another run's
+        if not ranks.broadcast(any(other.place > ref.place for other in store.refs())):
+            return
+        before = ranks.on_first(partial(best_weights.best_epochs, store)) or set()
+        store.set_later_aside(ref)
+
+        def settle() -> None:
+            named = best_weights.best_epochs(store)
+            gone = set() if named is None else before - named
+            best_weights.settle(store.folder.parent, engine.best.epoch, named, gone)
+
+        ranks.on_first(settle)
 
     def check(self) -> None:
         """Raises what a save that is over came to, where it failed; returns at once.
@@ -244,6 +283,27 @@ def run_to_continue(config: RunConfig) -> Path | None:
     raise RunFolderError(
         f"resume: expected the folder of an earlier run; {config.resume} holds no config.toml"
     )
+
+
+def require_unsaved(run: Path) -> None:
+    """For a run without a checkpoint that is to start from its beginning: none ever stood there.
+
+    Raises:
+        RunFolderError: one did: starting anew would wipe a run that was trained.
+    """
+    if (run / _SAVED).exists() or _steps_in_result(run):
+        raise RunFolderError(
+            f"{run} was trained and saved, but {run / FOLDER} holds no checkpoint any more: put that folder back, or "
+            "start a new run with out=FOLDER; going on from the beginning would wipe the log and the best weights"
+        )
+
+
+def _steps_in_result(run: Path) -> int:
+    try:
+        steps = existing_run(run).read_json("result.json")["steps"]
+    except (RunFolderError, LookupError, TypeError):
+        return 0
+    return steps if isinstance(steps, int) else 0
 
 
 def resume(engine: Engine, ref: CheckpointRef, *, allow_inexact: bool = False) -> list[Difference]:

@@ -84,6 +84,7 @@ class Engine:
         self.is_resumed = False
         self._checkpoints: Checkpoints | None = None
         self._lock: RunLock | None = None
+        self._resumed_from: CheckpointRef | None = None
         self.best = BestEpoch()
         train = self.config.train
         # each rank mixes its own rows
@@ -442,6 +443,9 @@ class Engine:
 
             self.ranks.on_first(opened)
             self.open_checkpoints(out)
+            assert self._checkpoints is not None
+            if self._resumed_from is not None:
+                self._checkpoints.go_on_from(self, self._resumed_from)
         assert self._checkpoints is not None
         self._checkpoints.save(self, reason)
         ref = self._checkpoints.wait()
@@ -464,6 +468,9 @@ class Engine:
     def resume(self, ref: CheckpointRef, *, allow_inexact: bool | None = None) -> list[Difference]:
         """Continues from a checkpoint; call it right after ``build``.
 
+        Of a run that goes on from one of its older checkpoints, the first ``save`` sets the newer ones aside, as
+        ``step-N.later``.
+
         Args:
             ref: as ``save`` returned it, or from ``mooring.state.store.checkpoints_of(run).newest()``.
             allow_inexact: go on where the run would not continue bit for bit; None: as the settings say.
@@ -485,6 +492,7 @@ class Engine:
         self.ranks.agree(None)
         self._begin_continued()
         self.is_resumed = True
+        self._resumed_from = ref
         return found
 
     def _begin_continued(self) -> None:

@@ -24,10 +24,9 @@ from mooring.models.head import build_head
 from mooring.report.run_folder import existing_run, is_run
 from mooring.state.store import FOLDER, CheckpointRef, CheckpointStore, checkpoints_of
 from mooring.state.tree import load_tree, previous_tree
+from mooring.train import best_weights
 from mooring.train.assembly import image_sizes
 from mooring.train.checkpoint import SHARED, own_part
-
-BEST = "best"
 
 
 def write_model(
@@ -82,7 +81,7 @@ def export_saved(source: Path, out: Path) -> str:
     config = load_config(run / "config.toml")
     manifest = Manifest.load(run / "manifest")
     if ref is None:
-        saved = load_tree(run / BEST)
+        saved = load_tree(run / best_weights.FOLDER)
         says = f"the best epoch ({saved['epoch'] + 1}) of {run}"
         weights = buffers = saved["method"]
     else:
@@ -93,6 +92,8 @@ def export_saved(source: Path, out: Path) -> str:
     encoder, head = method.eval().exported()
     assert isinstance(encoder, Encoder)  # as it was built
     write_model(method, encoder, head, config, manifest.classes, eval_size, out)
+    if ref is None:
+        best_weights.sign_model(out, best_weights.identity(run, saved["epoch"]))
     return says
 
 
@@ -110,7 +111,8 @@ def _found(source: Path) -> tuple[Path, CheckpointRef | None]:
         store.check(ref)
         return source.parent.parent, ref
     existing_run(source)
-    if (source / BEST).is_dir() or previous_tree(source / BEST).is_dir():
+    best = source / best_weights.FOLDER
+    if best.is_dir() or previous_tree(best).is_dir():
         return source, None
     found = checkpoints_of(source).newest()
     found.require_whole()

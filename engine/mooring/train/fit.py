@@ -28,7 +28,8 @@ from mooring.report.run_folder import LOG_BYTES, RunFolder, default_run_name, op
 from mooring.state.store import checkpoints_of
 from mooring.state.tree import load_tree, save_tree
 from mooring.traffic import TRAFFIC
-from mooring.train.checkpoint import run_to_continue
+from mooring.train import best_weights
+from mooring.train.checkpoint import require_unsaved, run_to_continue
 from mooring.train.discrimination import Discrimination
 from mooring.train.distortion import Distortion
 from mooring.train.evaluate import EvalResult
@@ -92,6 +93,8 @@ class Fit:
         # of this process: what it sent in its training steps
         self.sent: Counter[str] = Counter()
         self.steps = 0
+        # how often each test set was looked at
+        self.looks: dict[str, int] = {}
 
     def run(self) -> RunResult:
         engine = self.engine
@@ -127,6 +130,7 @@ class Fit:
                 extra_tests=extra,
                 distortion=distortion,
                 discrimination=self.ranks.on_first(self._discrimination),
+                test_looks=self.looks,
             )
             self._record(result)
             return result
@@ -237,8 +241,9 @@ class Fit:
         if len(results) > 1:
             each = ", ".join(f"{choice} {result.top1:.4f}" for choice, result in results.items())
             self.progress.note(f"top-1 by way to predict, the best is kept: {each}")
+        before = engine.best.epoch
         if engine.best.offer(epoch, val):
-            self._keep_best(val)
+            self._keep_best(val, before)
         engine.epochs_validated = epoch + 1
         self._save(f"epoch {epoch + 1}", val)
 
@@ -306,14 +311,14 @@ class Fit:
 
     # ---------------------------------------------------------------- what is kept
 
-    def _keep_best(self, val: EvalResult) -> None:
-        """Weights of the best epoch and their export, each replaced as a whole."""
+    def _keep_best(self, val: EvalResult, before: int | None) -> None:
+        """Weights of the best epoch and their export, each replaced as a whole; ``before``: the best one until now."""
         engine = self.engine
         engine.health.phase.enter("export")
         with self._averaged():
-            self._export()
             best = {"epoch": engine.best.epoch, "method": engine.backend.weights(), "val": _as_tree(val)}
-            self.ranks.on_first(partial(save_tree, self.folder.path / "best", best, replace=True))
+            self.ranks.on_first(partial(best_weights.keep, self.folder.path, best, before))
+            self._export()
 
     def _averaged(self) -> AbstractContextManager[None]:
         """The weights that are evaluated and exported: the average where the run keeps one."""
@@ -333,8 +338,30 @@ class Fit:
 
     def _export_here(self, encoder: Encoder, head: nn.Linear) -> None:
         engine, size = self.engine, self.engine.parts.eval_size
-        folder = self.folder.path / "model"
-        write_model(engine.method, encoder, head, engine.config, engine.parts.classes, size, folder)
+        model = self.folder.path / "model"
+        best_weights.forget_model(model)
+        write_model(engine.method, encoder, head, engine.config, engine.parts.classes, size, model)
+        if engine.best.epoch is not None:
+            best_weights.sign_model(model, self._best_identity())
+
+    def _best_identity(self) -> dict[str, Any]:
+        assert self.engine.best.epoch is not None
+        return best_weights.identity(self.folder.path, self.engine.best.epoch)
+
+    def _export_best(self, weights: Mapping[str, Tensor]) -> None:
+        """Puts the best epoch's weights in place, and exports them where ``model/`` is of other ones.
+
+        It is after a process died while it wrote one, or before it had saved the state that goes with it.
+        """
+        engine = self.engine
+        engine.backend.load_weights(weights)
+        if engine.ema is not None:
+            engine.ema.copy_from(engine.method)  # the best weights are averaged already
+        if not self.ranks.on_first(self._is_exported):
+            self._export()
+
+    def _is_exported(self) -> bool:
+        return best_weights.model_is_of(self.folder.path / "model", self._best_identity())
 
     def _keep_interrupted(self) -> EvalResult | None:
         """State at the last finished step; a model even if no epoch was validated yet. The best epoch's result."""
@@ -346,7 +373,10 @@ class Fit:
             with self._averaged():
                 self._export()
             return None
-        return self._best_epoch()[0]
+        val, weights = self._best_epoch()
+        if not self.ranks.on_first(self._is_exported):
+            self._export_best(weights)
+        return val
 
     def _best_epoch(self) -> tuple[EvalResult, dict[str, Tensor]]:
         """Validation result and weights of the best epoch."""
@@ -354,7 +384,8 @@ class Fit:
         if best["epoch"] != self.engine.best.epoch:
             raise RunFolderError(
                 f"{self.folder.path / 'best'} holds epoch {best['epoch'] + 1}, the best one of this run is "
-                f"{(self.engine.best.epoch or 0) + 1}: files of two runs are mixed there; start a new run"
+                f"{(self.engine.best.epoch or 0) + 1}: it was changed while the run went on; continue with "
+                f"resume={self.folder.path}"
             )
         return _from_tree(best["val"]), best["method"]
 
@@ -365,21 +396,37 @@ class Fit:
         self.checkpoints.wait()  # the weights are about to be exchanged for the best ones
         assert engine.best.epoch is not None  # every finished run has validated
         val, weights = self._best_epoch()
-        engine.backend.load_weights(weights)
-        if engine.ema is not None:
-            engine.ema.copy_from(engine.method)  # the best weights are averaged already
+        self._export_best(weights)
         if engine.test_source is None or not self.test:
             return val, None
         engine.health.phase.enter("test")
-        tested = self.folder.path / "test"
-        before = self.ranks.on_first(partial(_load_if_there, tested))
-        if before is not None:  # a finished run that is resumed: the test split is looked at once
-            test = _from_tree(before)
+        return val, self._tested("test", engine.test_source, self.folder.path / "test")
+
+    def _tested(self, name: str, source: EpochSource, folder: Path, **facts: Any) -> EvalResult:
+        """Result of the selected weights, which are in place, on a test set: looked at once, and kept.
+
+        A finished run that is resumed has it. One that was extended may have selected another epoch: then the set is
+        looked at again, and log and result say so.
+        """
+        engine = self.engine
+        assert engine.best.epoch is not None
+        of = self.ranks.on_first(self._best_identity)
+        before = self.ranks.on_first(partial(_load_if_there, folder))
+        if before is not None and any(before.get(key) != value for key, value in facts.items()):
+            before = None  # it is of another set
+        looks = 0 if before is None else int(before.get("looks", 1))
+        if before is not None and before.get("of") == of:
+            result = _from_tree(before)
         else:
-            test = engine.evaluate(engine.test_source, check=self._check)
-            self.ranks.on_first(partial(save_tree, tested, _as_tree(test)))
-        self._log_eval("test", engine.best.epoch, test)  # the log of a resumed run was cut before this line
-        return val, test
+            looks += 1
+            result = engine.evaluate(source, check=self._check)
+            tree = _as_tree(result) | facts | {"of": of, "looks": looks}
+            self.ranks.on_first(partial(save_tree, folder, tree, replace=True))
+        self.looks[name] = looks
+        if looks > 1:
+            self._note(f"{name} was looked at {looks} times: other weights were selected after the first", {})
+        self._log_eval(name, engine.best.epoch, result)  # the log of a resumed run was cut before this line
+        return result
 
     def _extra_tests(self) -> dict[str, EvalResult]:
         """Each further test set once, with the selected weights in place; none in a run that is not to be tested."""
@@ -387,17 +434,10 @@ class Fit:
         found: dict[str, EvalResult] = {}
         if not self.test:
             return found
-        assert engine.best.epoch is not None
         for name, source in engine.extra_test_sources.items():
-            tested = self.folder.path / "extra_test" / name
+            folder = self.folder.path / "extra_test" / name
             path = str(engine.config.data.extra_test[name])
-            before = self.ranks.on_first(partial(_load_if_there, tested))
-            if before is not None and before["path"] == path:
-                found[name] = _from_tree(before)
-            else:
-                found[name] = engine.evaluate(source, check=self._check)
-                self.ranks.on_first(partial(_save_below, tested, _as_tree(found[name]) | {"path": path}))
-            self._log_eval(f"test/{name}", engine.best.epoch, found[name])
+            found[name] = self._tested(f"test/{name}", source, folder, path=path)
         return found
 
     def _distortion(self) -> dict[str, Distortion]:
@@ -447,6 +487,7 @@ class Fit:
                 "extra_tests": {name: found.scalars() for name, found in result.extra_tests.items()},
                 "distortion": {name: found.scalars() for name, found in result.distortion.items()},
                 "discrimination": result.discrimination,
+                "test_looks": result.test_looks,
                 "head_lr": self.engine.head_lr,
                 "images_per_second": result.images_per_second,
                 "seconds": result.seconds,
@@ -472,11 +513,6 @@ def _load_if_there(folder: Path) -> dict[str, Any] | None:
     return load_tree(folder) if folder.is_dir() else None
 
 
-def _save_below(folder: Path, tree: dict[str, Any]) -> None:
-    folder.parent.mkdir(exist_ok=True)
-    save_tree(folder, tree, replace=True)
-
-
 def _as_tree(result: EvalResult) -> dict[str, Any]:
     return {"scalars": result.scalars(), "n": result.n, "confusion": result.confusion}
 
@@ -490,9 +526,10 @@ def _checkpoint_bytes(engine: Engine, *, begun: bool) -> int:
     weights = _tensor_bytes(dict(engine.method.state_dict()))
     state = (4 if engine.ema is not None else 3) * weights + _tensor_bytes(engine.method.extra_state())
     kept = engine.config.checkpoint
-    # the best epoch and the export, each twice; the states that are kept, and the one being written
+    # the best epoch and the export, each twice; the states that are kept, and the one being written; the weights
+    # that those call the best
     states = 1 if begun else kept.keep_last + kept.keep_best + 1
-    return 4 * weights + states * state
+    return (4 + states - 1) * weights + states * state
 
 
 def _tensor_bytes(tree: Any) -> int:
@@ -543,6 +580,7 @@ def _fit(engine: Engine, test: bool, progress: Progress | None) -> RunResult:
 
 
 def _describe(engine: Engine, folder: RunFolder) -> None:
+    folder.remove_unfinished()
     folder.write_text("config.toml", to_toml(as_started(engine.config)))
     write_environment(folder)
     engine.parts.manifest.save(folder.path / "manifest")
@@ -554,18 +592,22 @@ def _continue(engine: Engine, run: Path) -> tuple[list[str], list[str]]:
     Returns:
         what people should know, and why the run is not bit for bit the one that was started.
     """
-    store = checkpoints_of(run, engine.ranks)
+    ranks = engine.ranks
+    store = checkpoints_of(run, ranks)
     found = store.newest()  # reads every byte
     found.require_whole()
     notes = list(found.notes)
     inexact: list[str] = []
     if found.ref is None:
+        ranks.on_first(partial(require_unsaved, run))
         notes.append("nothing was saved yet: the run starts from its beginning")
     else:
         inexact = [str(difference) for difference in engine.resume(found.ref) if difference.breaks]
+        ranks.on_first(partial(best_weights.require, run, engine.best.epoch, store, found.ref))
         notes += [f"not bit for bit the run that was started: {difference}" for difference in inexact]
     store.tidy(found.damaged)
-    notes += engine.ranks.on_first(lambda: cut_log(run, engine.loop.get("log", {})))
+    ranks.on_first(lambda: best_weights.settle(run, engine.best.epoch, best_weights.best_epochs(store)))
+    notes += ranks.on_first(lambda: cut_log(run, engine.loop.get("log", {})))
     return notes, inexact
 
 

@@ -73,6 +73,8 @@ class RunResult:
             ``test/NAME``), where ``report.distortion``.
         discrimination: what the encoder tells apart beyond the run's classes, ``pretrained`` and ``selected``, where
             ``report.discrimination``; every epoch's is in the log.
+        test_looks: how often the test split (``test``) and each further set (``test/NAME``) were looked at: once,
+            unless a finished run was continued and selected other weights.
         interrupted: it was stopped; everything up to the last finished step is kept.
         preempted: it was stopped by SIGTERM or SIGUSR1: whoever sent it wants it to be continued later.
     """
@@ -88,6 +90,7 @@ class RunResult:
     distortion: Mapping[str, Distortion] = field(default_factory=dict)
     discrimination: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     preempted: bool = False
+    test_looks: Mapping[str, int] = field(default_factory=dict)
 
     def rows(self) -> dict[str, dict[str, float]]:
         """All numbers by evaluated set: ``val``, ``test``, ``test/NAME``."""
