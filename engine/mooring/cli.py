@@ -393,7 +393,7 @@ def _print_differences(config: RunConfig, run: Path) -> bool:
     """Lists what is not as it was when the run was saved; returns whether it would continue bit for bit."""
     from mooring.state.store import checkpoints_of
     from mooring.train.best_weights import require
-    from mooring.train.checkpoint import SHARED, compared, require_unsaved
+    from mooring.train.checkpoint import SHARED, compared, obstacle_to, require_unsaved
     from mooring.train.engine import Engine
 
     store = checkpoints_of(run)
@@ -408,14 +408,19 @@ def _print_differences(config: RunConfig, run: Path) -> bool:
         return True
     with Engine.build(config) as engine:
         differences = compared(engine, store, found.ref)
+        obstacle = obstacle_to(engine, store, found.ref)
     require(run, store.read(found.ref, SHARED)["best"]["epoch"], store, found.ref)
-    exact = not any(difference.breaks for difference in differences)
+    exact = obstacle is None and not any(difference.breaks for difference in differences)
     if differences:
         table = Table("what", "saved", "now", "bit for bit", header_style="bold")
         for difference in differences:
             cells = (difference.name, difference.saved, difference.now)
             table.add_row(*map(escape, cells), "no" if difference.breaks else "yes")
         console.print(table)
+    if obstacle is not None:
+        so = f"{escape(str(run))} cannot be continued so, with --allow-inexact neither: {escape(str(obstacle))}"
+        console.print(so, soft_wrap=True)
+        return False
     says = (
         "would continue bit for bit" if exact else "would not continue bit for bit (--allow-inexact goes on)"
     )

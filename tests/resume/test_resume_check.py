@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from resume_cases import STOPS, make_config, run, write_inputs
+from resume_cases import MODEL, SOURCE_CLASSES, STOPS, make_config, run, write_inputs
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from mooring.cli import app
 from mooring.config.schema import RunConfig
 from mooring.errors import RunFolderError
+from mooring.models.torchvision_shim import import_timm
 from mooring.report.metrics_log import read_metrics
 from mooring.state.store import checkpoints_of
 from mooring.train import exactness
@@ -60,9 +65,123 @@ def test_each_kind_of_difference() -> None:
         Difference("data", "0123456789ab", "fedcba987654", breaks=True),
         Difference("optimizer.lr", "0.1", "0.2", breaks=True),
     ]
-    for wrong in ({}, {**saved, "config": None}, {**saved, "data": 3}):
+    for wrong in ({}, {**saved, "config": None}, {**saved, "data": 3}, {**saved, "inputs": 3}):
         with pytest.raises(ValueError, match="Error: "):
             differences(wrong, now)
+
+
+def test_inputs_are_compared_by_content_where_both_have_them() -> None:
+    facts = {"environment": {}, "data": "d", "config": {}}
+    saved = facts | {"inputs": {"model.weights": "w1", "report.unseen": "u1", "data.extra_test.a": "a1"}}
+    now = facts | {"inputs": {"model.weights": "w2", "report.unseen": "u2", "data.extra_test.b": "b1"}}
+    assert differences(saved, now) == [
+        Difference("model.weights", "w1", "w2", breaks=True),
+        Difference("report.unseen", "u1", "u2", breaks=True),
+    ]
+    assert differences(saved, facts) == [Difference("model.weights", "w1", "absent", breaks=True)]
+
+
+def other_weights(root: Path, file: str = "weights.safetensors") -> None:
+    torch.manual_seed(99)
+    model = import_timm().create_model(MODEL, num_classes=SOURCE_CLASSES)
+    save_file(model.state_dict(), root / file)
+
+
+def test_other_pretrained_weights_are_seen(stopped: RunConfig, tmp_path: Path) -> None:
+    """Also where they are only measured against: the distortion of features is that from the first ones."""
+    weights = tmp_path / "weights.safetensors"
+    first = weights.read_bytes()
+    facts = weights.stat()
+    other_weights(tmp_path)
+    assert weights.stat().st_size == facts.st_size
+    os.utime(weights, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    checked = mooring("resume", stopped.out, "--check")
+    assert (
+        checked.exit_code == 1 and "model.weights" in checked.stdout and "--allow-inexact" in checked.stdout
+    )
+    refused = mooring("resume", stopped.out)
+    assert refused.exit_code == 2 and "model.weights: saved" in refused.stderr
+    (tmp_path / "moved.safetensors").write_bytes(first)
+    moved = mooring("resume", stopped.out, "--check", f"model.weights={tmp_path / 'moved.safetensors'}")
+    assert moved.exit_code == 0, moved.output
+
+
+@pytest.mark.parametrize("method", ["tes", "soft_fine_tuning", "tes+dr_tune"])
+def test_other_inputs_of_a_method_are_seen_and_moved_ones_are_the_same(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOORING_CACHE", str(tmp_path / "cache"))
+    write_inputs(tmp_path)
+    config = make_config(tmp_path, tmp_path / "run", method, "torch")
+    assert run(config, {}, STOPS["mid_epoch"])
+    name, old, new = "method.text", tmp_path / "text.npz", tmp_path / "elsewhere.npz"
+    if method == "soft_fine_tuning":
+        name, old, new = "method.source_data", tmp_path / "source", tmp_path / "elsewhere"
+    old.rename(new)
+    moved = mooring("resume", config.out, "--check", f"{name}={new}")
+    assert moved.exit_code == 0, moved.output
+    if method == "soft_fine_tuning":
+        next((new / "train").rglob("*.png")).unlink()
+    else:
+        arrays = dict(np.load(new))
+        np.savez(new, **arrays | {"features": arrays["features"][:, ::-1]})
+    checked = mooring("resume", config.out, "--check", f"{name}={new}")
+    assert checked.exit_code == 1 and name in checked.stdout
+    refused = mooring("resume", config.out, f"{name}={new}")
+    assert refused.exit_code == 2 and f"{name}: saved" in refused.stderr
+    # the method holds the vectors, the stream of source images a place among them
+    assert "cannot be continued" in checked.stdout and "cannot be continued" in refused.stderr
+
+
+def test_moved_data_and_what_only_watches_are_no_difference(stopped: RunConfig, tmp_path: Path) -> None:
+    shutil.copytree(tmp_path / "photos", tmp_path / "moved")
+    free = ["backend.timeout_minutes=5", "health.spike=none", "health.hang_after=77", "health.max_skips=3"]
+    same = mooring("resume", stopped.out, "--check", f"data={tmp_path / 'moved'}", *free)
+    assert same.exit_code == 0, same.output
+    assert "data.path" not in same.stdout
+    other = mooring("resume", stopped.out, "--check", "health.nonfinite=skip")
+    assert other.exit_code == 1 and "health.nonfinite" in other.stdout and "health.max_skips" in other.stdout
+
+
+@pytest.mark.parametrize(
+    "setting", ["method=dr_tune", "model.name=test_vit", "train.batch_size=4", "data.augment=light"]
+)
+def test_what_cannot_be_continued_is_not_offered(setting: str, stopped: RunConfig) -> None:
+    arguments = [setting, "model.weights=none"] if setting.startswith("model") else [setting]
+    before = content(stopped.out)
+    checked = mooring("resume", stopped.out, "--check", *arguments)
+    assert checked.exit_code == 1
+    assert setting.partition("=")[0] in checked.stdout and "cannot be continued" in checked.stdout
+    assert "goes on" not in checked.stdout
+    refused = mooring("resume", stopped.out, *arguments)
+    assert refused.exit_code == 2 and "cannot be continued" in refused.stderr
+    assert "--allow-inexact" not in refused.stderr and "out=FOLDER" in refused.stderr
+    assert content(stopped.out) == before
+
+
+def test_the_code_is_what_was_started_not_what_lies_there_at_the_first_save(
+    stopped: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exactness.source_digest.cache_clear()
+    engine = Engine.build(stopped.model_copy(update={"resume": "auto"}))
+
+    def updated(name: str) -> Any:
+        raise AssertionError("the files are read after the start")
+
+    monkeypatch.setattr(exactness, "import_module", updated)
+    assert "mooring" in exactness.run_facts(engine)["environment"]
+    engine.close()
+
+
+def test_deepspeed_is_among_what_computes(stopped: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine.build(stopped.model_copy(update={"resume": "auto"})) as engine:
+        assert "deepspeed" not in exactness.run_facts(engine)["environment"]
+        monkeypatch.setattr(engine.backend, "name", "deepspeed", raising=False)
+        assert "deepspeed" in exactness.run_facts(engine)["environment"]
+
+
+def content(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_the_check_lists_and_changes_nothing(stopped: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,7 @@ from mooring.models.weights import cache_folder
 from mooring.train.backend import Backend, make_backend
 from mooring.train.extra_tests import open_extra_tests
 from mooring.train.held_out import HeldOut, open_held_out
+from mooring.train.inputs import images_of, tensors_digest, weights_digest
 from mooring.train.optimizers import build_optimizer, default_lr
 from mooring.train.precision import choose_device, choose_precision
 from mooring.train.results import RunPlan
@@ -69,6 +70,7 @@ class Parts:
 
     config: RunConfig
     manifest: Manifest
+    inputs: dict[str, str]  # digest of what is read beside the images, by setting
     method: Method
     backend: Backend
     optimizer: Optimizer
@@ -168,7 +170,9 @@ def assemble(
     train = config.train
     share = train.batch_size // ranks.world
     in_parts = loads_in_parts(config, needs, device, ranks)
-    encoder = encoder_of(config, deferred=in_parts).to(device)
+    encoder = encoder_of(config, deferred=in_parts)
+    inputs = {"model.weights": ranks.on_first(lambda: weights_digest(config, encoder))}
+    encoder.to(device)
     # before the method touches it; a continued run gets it from the same weights
     pretrained = frozen_copy(encoder, fold=False) if config.report.distortion else None
     head = build_head(
@@ -179,6 +183,8 @@ def assemble(
     if train.channels_last:
         _to_channels_last(encoder)
     resources = replace(_resources(config, needs, manifest, encoder), ranks=ranks)
+    if resources.text_features is not None:
+        inputs["method.text"] = tensors_digest({"text": resources.text_features})
     source_images = _source_images(config, needs, everything, resources)
     if source_images is not None:
         rows = _source_batch(config, len(source_images), ranks.world)
@@ -287,6 +293,7 @@ def assemble(
     return Parts(
         config=config,
         manifest=manifest,
+        inputs=inputs | images_of(source_images, held_out, extra_tests),
         method=method,
         backend=backend,
         optimizer=optimizer,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mooring.config.schema import CheckpointSettings, RunConfig
-from mooring.distributed import ALONE, Ranks
+from mooring.distributed import ALONE, Ranks, is_lost_rank
 from mooring.errors import RunFolderError
 from mooring.models.deferred import is_deferred
 from mooring.report.records import write_text_atomic
@@ -23,6 +23,7 @@ from mooring.state.snapshot import HostMemory
 from mooring.state.store import FOLDER, CheckpointRef, CheckpointStore
 from mooring.train import best_weights
 from mooring.train.exactness import Difference, differences, run_facts
+from mooring.train.health.memory import is_out_of_memory
 from mooring.train.other_ranks import resharded_part
 
 if TYPE_CHECKING:
@@ -315,7 +316,8 @@ def resume(engine: Engine, ref: CheckpointRef, *, allow_inexact: bool = False) -
         allow_inexact: go on where the run would not continue bit for bit; it is recorded in ``engine.inexact``.
 
     Raises:
-        RunFolderError: the checkpoint is damaged, does not fit, or the run would not be the same.
+        RunFolderError: the checkpoint is damaged, does not fit, or the run would not be the same; the engine is of no
+            use then.
     """
     ranks, folder = engine.ranks, ref.folder.parent
     store = CheckpointStore(folder, ranks, keepers=keepers(folder, ranks))
@@ -323,28 +325,45 @@ def resume(engine: Engine, ref: CheckpointRef, *, allow_inexact: bool = False) -
     found = compared(engine, store, ref)
     told = ranks.gather([difference for difference in found if difference.breaks])
     breaking = list(dict.fromkeys(difference for own in told for difference in own))  # of all, on all
+    if breaking:  # what is divided otherwise is read from the parts of all, and not compared as it is read
+        store.fetch(ref)
+        store.check(ref)
+    if (obstacle := obstacle_to(engine, store, ref)) is not None:
+        because = "\nthese differ:\n  " + "\n  ".join(map(str, breaking)) if breaking else ""
+        raise RunFolderError(
+            f"{ref.folder} cannot be continued by this run: {obstacle}{because}\nrestore what differs, or start "
+            "another run with out=FOLDER"
+        ) from obstacle
     if breaking and not allow_inexact:
         raise RunFolderError(
             "the run would not continue bit for bit; these differ:\n  "
             + "\n  ".join(map(str, breaking))
             + "\nrestore them, or go on all the same with --allow-inexact (allow_inexact=true), which is recorded"
         )
-    if breaking:  # what is divided otherwise is read from the parts of all, and not compared as it is read
-        store.fetch(ref)
-        store.check(ref)
-    try:
-        restore_checkpoint(engine, store, ref)
-    except RunFolderError:
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as err:
-        because = f"; these differ:\n  {chr(10).join(map(str, breaking))}" if breaking else ""
-        raise RunFolderError(f"{ref.folder} cannot be continued by this run: {err}{because}") from err
     if breaking:
         engine.inexact = [
             *engine.inexact,
             {"step": engine.global_step, "differences": [str(difference) for difference in breaking]},
         ]
     return found
+
+
+def obstacle_to(engine: Engine, store: CheckpointStore, ref: CheckpointRef) -> Exception | None:
+    """Loads a checkpoint; why that cannot be done, whatever is allowed, or None: it is done.
+
+    Whether a state of other settings can be put into an engine only the engine's parts can tell.
+
+    Args:
+        engine: freshly built; of no use where the state does not fit.
+        store: its parts are fetched, and those of other ranks whole.
+    """
+    try:
+        restore_checkpoint(engine, store, ref)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as err:
+        if is_lost_rank(err) or is_out_of_memory(err):
+            raise
+        return err
+    return None
 
 
 def compared(engine: Engine, store: CheckpointStore, ref: CheckpointRef) -> list[Difference]:

@@ -34,7 +34,7 @@ from mooring.train.checkpoint import Checkpoints, run_to_continue
 from mooring.train.discrimination import Discrimination, measure_discrimination
 from mooring.train.distortion import Distortion, feature_distortion
 from mooring.train.evaluate import EvalResult, evaluate
-from mooring.train.exactness import Difference
+from mooring.train.exactness import Difference, source_digest
 from mooring.train.health.step import StepHealth
 from mooring.train.mixer import Mixer
 from mooring.train.rank_warnings import RankWarnings
@@ -86,6 +86,7 @@ class Engine:
         self._lock: RunLock | None = None
         self._resumed_from: CheckpointRef | None = None
         self.best = BestEpoch()
+        source_digest()  # of the code that runs, not of what an update puts in its place meanwhile
         train = self.config.train
         # each rank mixes its own rows
         seed = self.config.seed + self.ranks.rank

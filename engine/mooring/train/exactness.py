@@ -15,14 +15,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mooring import __version__
+from mooring.config.method_settings import CombinedSettings
+from mooring.models.encoder import LOCAL_DIR
 from mooring.report.environment import cpu_model, package_versions
 from mooring.train.deepspeed_config import given_settings
+from mooring.train.inputs import MEASURED, PATHS
 
 if TYPE_CHECKING:
     from mooring.train.engine import Engine
 
 # Settings that may differ between the two parts of a run without changing what is computed.
-_FREE = frozenset({"out", "resume", "allow_inexact", "checkpoint", "report", "health"})
+_FREE = frozenset({"out", "resume", "allow_inexact", "checkpoint", "report"})
+_FREE_KEYS = frozenset({
+    "data.workers",  # decoding order does not depend on it
+    "backend.timeout_minutes", "backend.sharded_loading",
+    "health.spike", "health.hang_after", "health.hang_after_slow", "health.hang_abort", "health.compare_banks_every",
+})  # fmt: skip
 _HARMLESS = frozenset({"Python"})
 
 
@@ -50,6 +58,7 @@ def run_facts(engine: Engine) -> dict[str, Any]:
     return {
         "environment": _environment(engine),
         "data": engine.parts.manifest.digest,
+        "inputs": engine.parts.inputs,
         "config": _settings(engine),
     }
 
@@ -64,6 +73,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Differ
     try:
         pairs = [(saved["environment"], now["environment"])]
         pairs.append(({"data": saved["data"][:12]}, {"data": now["data"][:12]}))
+        pairs.append((_inputs(saved, now), _inputs(now, saved)))
         pairs.append((saved["config"], now["config"]))
         for before, after in pairs:
             for name in dict.fromkeys([*after, *before]):
@@ -75,6 +85,15 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Differ
     return found
 
 
+def _inputs(facts: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, str]:
+    """The beginnings of digests, without those of sets to measure on that only one of the two has."""
+    return {
+        name: digest[:12]
+        for name, digest in facts.get("inputs", {}).items()
+        if name in others.get("inputs", {}) or not name.startswith(MEASURED)
+    }
+
+
 def _environment(engine: Engine) -> dict[str, str]:
     device = engine.backend.device
     packages = package_versions()
@@ -84,6 +103,7 @@ def _environment(engine: Engine) -> dict[str, str]:
         ["pillow"] if engine.train_source.kind == "torch" else [name for name in packages if "dali" in name]
     )
     used += ["triton"] if device.type == "cuda" else []
+    used += ["deepspeed"] if engine.backend.name == "deepspeed" else []
     facts = {name: packages.get(name, "absent") for name in used}
     facts["mooring"] = f"{__version__} ({source_digest()[:12]})"
     facts["Python"] = platform.python_version()
@@ -99,7 +119,11 @@ def _environment(engine: Engine) -> dict[str, str]:
 
 @cache
 def source_digest() -> str:
-    """sha256 over the code that trains: every source file and native library of both packages."""
+    """sha256 over the code that trains: every source file and native library of both packages.
+
+    Of the files as they are at the first call, which the engine makes when it is built: what is changed afterwards does
+    not run in this process.
+    """
     total = hashlib.sha256()
     for package in ("mooring", "mooring_kernels"):
         root = Path(str(import_module(package).__file__)).parent
@@ -112,10 +136,20 @@ def source_digest() -> str:
 def _settings(engine: Engine) -> dict[str, str]:
     """Dotted settings as text, without those that change nothing."""
     tree = {k: v for k, v in engine.config.model_dump(mode="json").items() if k not in _FREE}
+    if isinstance(engine.config.method, CombinedSettings):
+        parts = tree["method"]["parts"]
+        tree["method"] = {part["name"]: part for part in parts} | {"name": [part["name"] for part in parts]}
     flat = dict(_flatten("", tree))
-    flat.pop("data.workers", None)  # decoding order does not depend on it
-    for name in [name for name in flat if name.startswith("data.extra_test")]:
-        del flat[name]  # looked at when the training is over
+    if engine.config.health.nonfinite != "skip":
+        del flat["health.max_skips"]
+    for name in list(flat):
+        section, _, key = name.partition(".")
+        # of inputs, the content is compared; the extra tests are looked at when the training is over
+        is_path = name in PATHS or f"{section}.{key.rpartition('.')[2]}" in PATHS
+        if name in _FREE_KEYS or is_path or name.startswith("data.extra_test"):
+            del flat[name]
+    if engine.config.model.name.startswith(LOCAL_DIR):
+        flat["model.name"] = f"{LOCAL_DIR} {engine.parts.method.encoder.architecture}"
     # what `auto` became on this machine, and what a file said
     parts = engine.parts
     further = "none"
