@@ -22,12 +22,21 @@ from mooring.data.columns import (
     split_of,
 )
 from mooring.data.discover import Candidate, Discovered, is_under
+from mooring.data.parquet_limits import (
+    TextBudget,
+    check_parquet,
+    long_columns,
+    plain_text,
+    rows_at_once,
+    text_columns,
+)
 from mooring.data.quarantine import Quarantined, Reason
 from mooring.errors import DataError
 from mooring.parsing import parse_json
 
-# header, rows, and the values of one column
-_Table = tuple[list[str], Iterator[Sequence[Any]], Callable[[str], Iterable[object]]]
+# header, rows of some columns, and the values of one column
+_Rows = Callable[[list[str]], Iterator[Sequence[Any]]]
+_Table = tuple[list[str], _Rows, Callable[[str], Iterable[object]]]
 
 LIST_SUFFIXES = (".csv", ".tsv", ".parquet")
 _DELIMITERS = {".csv": (",", ";", "\t"), ".tsv": ("\t", ",", ";")}  # the usual one first
@@ -42,22 +51,22 @@ def discover_list(source: Path, columns: Columns) -> Discovered:
     root = source.resolve().parent
     found = Discovered(root, f"{source.suffix[1:].lower()} list")
     names, rows, values = _open_parquet(source) if source.suffix.lower() == ".parquet" else _open_text(source)
-    path_at = names.index(pick(source, names, columns.image, PATH_NAMES, "path", "image_column"))
-    label_at = names.index(pick(source, names, columns.label, LABEL_NAMES, "label", "label_column"))
+    path_name = pick(source, names, columns.image, PATH_NAMES, "path", "image_column")
+    label_name = pick(source, names, columns.label, LABEL_NAMES, "label", "label_column")
     split_name = find_split(source, names, columns.split, values)
     found.splits_given = split_name is not None
-    split_at = names.index(split_name) if split_name is not None else None
-    class_names = label_names(source, names[label_at]) if source.suffix.lower() == ".parquet" else None
+    class_names = label_names(source, label_name) if source.suffix.lower() == ".parquet" else None
+    wanted = [path_name, label_name, *([] if split_name is None else [split_name])]
     real_parents: dict[str, str] = {}
-    for number, row in enumerate(rows, 1):
-        listed = str(row[path_at] if row[path_at] is not None else "").strip()
-        label = label_of(row[label_at], class_names)
+    for number, (path, label_value, *split_value) in enumerate(rows(wanted), 1):
+        listed = str(path if path is not None else "").strip()
+        label = label_of(label_value, class_names)
         if label is None:
-            found.quarantined.append(Quarantined(listed, Reason.BAD_LABEL, f"label is {row[label_at]!r}"))
+            found.quarantined.append(Quarantined(listed, Reason.BAD_LABEL, f"label is {label_value!r}"))
             continue
         split = "train"
-        if split_name is not None and split_at is not None:
-            split = split_of(source, row[split_at], split_name, number)
+        if split_name is not None:
+            split = split_of(source, split_value[0], split_name, number)
         relative = _relative(found, listed, real_parents)
         if relative is not None:
             found.candidates.append(Candidate(relative, label, split, listed))
@@ -124,7 +133,12 @@ def _open_text(source: Path) -> _Table:
     except csv.Error as err:
         raise DataError(f"expected a table in {source}; got {err}") from None
     rows = list(_text_rows(source, reader, len(header)))
-    return header, iter(rows), lambda name: (row[header.index(name)] for row in rows)
+
+    def some(wanted: list[str]) -> Iterator[Sequence[str]]:
+        places = [header.index(name) for name in wanted]
+        return ([row[place] for place in places] for row in rows)
+
+    return header, some, lambda name: (row[header.index(name)] for row in rows)
 
 
 def _delimiter(text: str, candidates: Sequence[str]) -> str:
@@ -153,7 +167,7 @@ def _open_parquet(source: Path) -> _Table:
     table = open_parquet(source)
     return (
         list(table.schema_arrow.names),
-        _parquet_rows(source, table),
+        lambda wanted: _parquet_rows(source, table, wanted),
         lambda name: text_values(source, table, name),
     )
 
@@ -175,23 +189,41 @@ def text_values(source: Path, table: pq.ParquetFile, column: str) -> list[object
     return list(found)
 
 
-def _parquet_rows(source: Path, table: pq.ParquetFile) -> Iterator[Sequence[Any]]:
-    for batch in parquet_batches(source, table, 8192):
-        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+def _parquet_rows(source: Path, table: pq.ParquetFile, wanted: list[str]) -> Iterator[Sequence[Any]]:
+    for batch in parquet_batches(source, table, 8192, wanted):
+        yield from zip(*(batch.column(name).to_pylist() for name in wanted), strict=True)
 
 
 def parquet_batches(
-    source: Path, table: pq.ParquetFile, rows: int, columns: list[str] | None = None
+    source: Path, table: pq.ParquetFile, rows: int, columns: list[str]
 ) -> Iterator[pa.RecordBatch]:
-    """The table in batches of at most ``rows``, each of them valid.
+    """These columns in batches of at most ``rows``, each of them valid.
 
     Raises:
-        DataError: a part of the file cannot be read.
+        DataError: a part of the file cannot be read, or unfolds to much more than it is.
     """
     try:
-        for batch in table.iter_batches(batch_size=rows, columns=columns):
-            batch.validate(full=True)
-            yield batch
+        size = source.stat().st_size
+        check_parquet(source, table, columns, size)
+        budget = TextBudget(source, size)
+        long = long_columns(table.schema_arrow, columns)
+        few = rows_at_once(table, long, rows)
+        for group in range(table.num_row_groups):
+            short = table.read_row_group(group, [name for name in columns if name not in long])
+            short.validate(full=True)
+            budget.take(short)
+            short = plain_text(short)
+            if not long:
+                yield from short.to_batches(max_chunksize=rows)
+                continue
+            begin = 0
+            for batch in table.iter_batches(few, row_groups=[group], columns=long):
+                batch.validate(full=True)
+                beside = short.slice(begin, batch.num_rows).combine_chunks()
+                begin += batch.num_rows
+                both = dict(zip(long, batch.columns, strict=True))
+                both |= {name: beside.column(name).combine_chunks() for name in beside.schema.names}
+                yield pa.RecordBatch.from_pydict({name: both[name] for name in columns})
     except (pa.ArrowException, OSError, UnicodeDecodeError) as err:
         reason = (str(err).strip() or type(err).__name__).splitlines()[0]
         raise DataError(
@@ -200,8 +232,8 @@ def parquet_batches(
 
 
 def open_parquet(source: Path) -> pq.ParquetFile:
-    """Opens a Parquet file or says that it is none."""
+    """Opens a Parquet file, whose text is read as dictionaries, or says that it is none."""
     try:
-        return pq.ParquetFile(source)
+        return pq.ParquetFile(source, read_dictionary=text_columns(pq.read_schema(source)))
     except (pa.ArrowException, OSError) as err:
         raise DataError(f"expected a Parquet file at {source}; got {str(err).splitlines()[0]}") from None

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mooring.data.discover import SPLITS, is_under
+from mooring.data.parquet_limits import TextBudget, check_parquet, plain_text, text_columns
 from mooring.data.quarantine import Quarantined, read_quarantine, write_quarantine
 from mooring.errors import DataError, RunFolderError
 from mooring.parsing import parse_json
@@ -217,9 +218,7 @@ class Manifest:
                 f"expected manifest version {VERSION} in {folder}; got {head.get('version')}: scan again"
             )
         try:
-            with open_regular(folder / ROWS_FILE) as rows:
-                table = pq.ParquetFile(rows).read()
-            table.validate(full=True)
+            table = _read_rows(folder / ROWS_FILE)
             root = (folder / head["root"]).resolve()
             manifest = cls(
                 root=root,
@@ -230,14 +229,12 @@ class Manifest:
                 made_validation=head["made_validation"],
                 quarantine=tuple(load_quarantine(folder)),
             )
+        except DataError:
+            raise
         except (OSError, KeyError, TypeError, ValueError, pa.ArrowException) as err:
             raise DataError(
                 f"expected a whole manifest in {folder}; got {type(err).__name__}: {err}: scan again"
             ) from None
-        if table.schema.names != SCHEMA.names or table.schema.types != SCHEMA.types:
-            raise DataError(
-                f"expected the columns of a manifest in {folder / ROWS_FILE}; got others: scan again"
-            )
         if manifest.digest != head.get("digest"):
             raise DataError(
                 f"expected rows with digest {str(head.get('digest'))[:12]} in {folder}; got "
@@ -294,6 +291,20 @@ def _read_head(folder: Path) -> dict[str, Any]:
     if not isinstance(head, dict):
         raise DataError(f"expected an object in {folder / HEAD_FILE}; got {type(head).__name__}: scan again")
     return head
+
+
+def _read_rows(file: Path) -> pa.Table:
+    with open_regular(file) as stream:
+        schema = pq.read_schema(stream)
+        if schema.names != SCHEMA.names or schema.types != SCHEMA.types:
+            raise DataError(f"expected the columns of a manifest in {file}; got others: scan again")
+        table = pq.ParquetFile(stream, read_dictionary=text_columns(schema))
+        size = os.fstat(stream.fileno()).st_size
+        check_parquet(file, table, schema.names, size)
+        rows = table.read()
+    rows.validate(full=True)
+    TextBudget(file, size).take(rows)
+    return plain_text(rows).cast(SCHEMA)
 
 
 def _check_rows(manifest: Manifest, folder: Path) -> None:
