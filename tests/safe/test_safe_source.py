@@ -38,6 +38,7 @@ ALLOWED = {
         "engine/mooring/launch/facts.py",
         "socket",
     ): "do the machines of a run reach each other, before it starts",
+    ("bench/distributed/runs.py", "socket"): "a free port of this machine, where its own ranks meet",
     ("engine/mooring/launch/parent_death.py", "ctypes.CDLL"): "prctl of the C library that is loaded already",
     ("engine/mooring/launch/words.py", "runpy.run_module"): "what a command line of our own launcher names",
 }
