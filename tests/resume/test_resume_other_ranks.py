@@ -47,7 +47,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class Places:
     """Where a part of a run can be: ``local``, or ddp, zero0 to zero3, odd1 to odd3 (in an order of their own), cpu1 to
-    cpu3 (with what the optimizer keeps in host memory), and the number of processes."""
+    cpu3 (with what the optimizer keeps in host memory), parts3 (loaded in parts), and the number of processes."""
 
     def __init__(self, inputs: Path, request: pytest.FixtureRequest) -> None:
         self.inputs, self._request = inputs, request
@@ -62,6 +62,7 @@ class Places:
                 "zero_stage": int(name[-1]),
                 "deepspeed_config": str(self.inputs / file),
                 "offload_optimizer": name.startswith("cpu"),
+                "sharded_loading": name.startswith("parts"),
             }
         arguments |= {"inputs": str(self.inputs), "backend": backend}
         pool: RankPool = self._request.getfixturevalue(f"ranks_{world}")
@@ -199,6 +200,16 @@ def test_every_method_goes_on(
     """With batch statistics where the method wants them, over the images of all ranks."""
     sgd = {"name": "sgd", "lr": rate_of(method)}
     record_property("furthest", continued(places, folder, tmp_path, first, then, method, optimizer=sgd))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first, then", [("parts3x2", "local"), ("zero1x2", "parts3x2")])
+def test_parameters_loaded_in_parts_go_on(
+    places: Places, folder: Path, tmp_path: Path, first: str, then: str
+) -> None:
+    adamw = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.05}
+    plain = {"ema_decay": None}
+    continued(places, folder, tmp_path, first, then, "fine_tune", optimizer=adamw, train=plain)
 
 
 @pytest.mark.parametrize(
