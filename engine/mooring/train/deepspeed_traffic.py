@@ -41,7 +41,7 @@ def count_exchanges() -> None:
         return
     for name, described in _METHODS.items():
         setattr(comm.cdb, name, _counting(getattr(comm.cdb, name), *described))
-    comm.cdb.counted_by_mooring = True
+    vars(comm.cdb)["counted_by_mooring"] = True
 
 
 @contextmanager
