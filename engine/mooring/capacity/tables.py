@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.markup import escape
 from rich.table import Table
 
@@ -26,16 +28,13 @@ def plan_tables(predictor: Predictor, cluster: Cluster, advice: Advice) -> list[
         f"{work.flops.at(1) / 1e9:.1f} GFLOP an image, {work.activations.each / 1e6:.1f} MB of activations an "
         f"image ({again})"
     ]
-    table = Table(
-        "ZeRO", "ckpt", "model", "act.", "frozen", "banks", "all", "fits", "sent", "ms", "images/s", "waits",
-        title=f"predicted for each of {cluster.world} GPUs, {predictor.precision}, in GB",
-        caption="ckpt: activation checkpointing; sent: by one GPU in a step; waits: share of the step on the network",
-    )  # fmt: skip
+    ways = []
     for stage in STAGES if cluster.world > 1 else STAGES[:1]:
-        _add(table, predictor.predict(cluster, stage), cluster)
-        if predictor.can_checkpoint:
-            _add(table, predictor.predict(cluster, stage, checkpointing=True), cluster)
-    lines.append(table)
+        ways += [
+            predictor.predict(cluster, stage, checkpointing=again)
+            for again in ((False, True) if predictor.can_checkpoint else (False,))
+        ]
+    lines += [_memory(ways, cluster, predictor.precision), _step(ways)]
     if advice.chosen is not None:
         way = advice.chosen
         again = " backend.activation_checkpointing=true" if way.checkpointing else ""
@@ -54,17 +53,44 @@ def plan_tables(predictor: Predictor, cluster: Cluster, advice: Advice) -> list[
     return lines
 
 
-def _add(table: Table, way: Prediction, cluster: Cluster) -> None:
-    fits = way.fits(cluster)
-    gigabytes = (way.model.total, way.activations, way.constants, way.banks, way.memory)
-    table.add_row(
-        f"{way.stage}",
-        "yes" if way.checkpointing else "",
-        *(f"{value / GIGABYTE:.2f}" for value in gigabytes),
-        "yes" if fits else "no",
-        f"{way.sent.total / GIGABYTE:.2f}",
-        f"{1e3 * way.step_seconds:.0f}",
-        f"{way.images_per_second:.0f}",
-        f"{way.seconds['communication'] / way.step_seconds:.0%}",
-        style=None if fits else "red",
-    )
+def _memory(ways: Sequence[Prediction], cluster: Cluster, precision: str) -> Table:
+    table = Table(
+        "ZeRO", "ckpt", "param.", "grad.", "optim.", "buffers", "activ.", "frozen", "banks", "all", "fits",
+        title=f"predicted for each of {cluster.world} GPUs, {precision}, memory in GB",
+        caption="ckpt: activation checkpointing; activ.: on top of the others at the worst moment",
+    )  # fmt: skip
+    for way in ways:
+        model, fits = way.model, way.fits(cluster)
+        states = model.parameters, model.gradients, model.optimizer, model.buffers
+        row = (*states, way.activations, way.constants, way.banks, way.memory)
+        table.add_row(
+            *_way(way), *map(_gigabytes, row), "yes" if fits else "no", style=None if fits else "red"
+        )
+    return table
+
+
+def _step(ways: Sequence[Prediction]) -> Table:
+    table = Table(
+        "ZeRO", "ckpt", "gradients", "parameters", "banks", "sent", "ms", "images/s", "waits",
+        title="a step; GB that each GPU sends",
+        caption="waits: share of the step on the network",
+    )  # fmt: skip
+    for way in ways:
+        sent, waits = way.sent, way.seconds["communication"] / way.step_seconds
+        table.add_row(
+            *_way(way),
+            *map(_gigabytes, (sent.gradients, sent.parameters, sent.banks, sent.total)),
+            f"{1e3 * way.step_seconds:.0f}",
+            f"{way.images_per_second:.0f}",
+            f"{waits:.0%}",
+        )
+    return table
+
+
+def _way(way: Prediction) -> tuple[str, str]:
+    return f"{way.stage}", "yes" if way.checkpointing else ""
+
+
+def _gigabytes(count: float) -> str:
+    gigabytes = count / GIGABYTE
+    return f"{gigabytes:.2f}" if gigabytes >= 0.005 or count == 0 else f"{gigabytes:.1e}"
