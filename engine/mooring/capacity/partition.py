@@ -11,9 +11,10 @@ from mooring.capacity.step import Sizes
 Stage = Literal[0, 1, 2, 3]
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
 # DeepSpeed's defaults, in elements: gradients are reduced through a buffer of this size, which it makes whatever the
-# size of the model; ZeRO-3 keeps up to so many gathered parameters.
+# size of the model; ZeRO-3 keeps up to so many gathered parameters, and gathers up to so many ahead, through a buffer.
 BUCKET = 500_000_000
 LIVE = 1_000_000_000
+AHEAD = 50_000_000
 _DDP_BUCKET_BYTES = 25 << 20
 
 
@@ -79,7 +80,8 @@ def states(
         case 0:  # reduced through a flat copy
             buffers = float(min(trained, bucket) * each.gradient if world > 1 else 0)
         case 3:
-            buffers = float(min(trained, LIVE) * each.parameter + bucket * each.gradient)
+            gathered = min(trained, LIVE) + min(trained, AHEAD)
+            buffers = float(gathered * each.parameter + bucket * each.gradient)
         case _:
             buffers = float(bucket * each.gradient)
     return States(parameters, gradients, trained * each.optimizer / shard, buffers)
