@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,16 @@ def test_it_holds_what_was_saved(saved: tuple[CheckpointStore, CheckpointRef]) -
     assert isinstance(view["inner"][7], TreeView) and len(view) == 3 and "list" in view
     assert_same(read_all(view), TREE)
     assert_same(read_all(view), store.read(ref, "part"))
+
+
+def test_a_pipe_in_the_place_of_the_tensors_keeps_nobody_waiting(
+    saved: tuple[CheckpointStore, CheckpointRef], no_waiting: None
+) -> None:
+    store, ref = saved
+    (ref.folder / "part.safetensors").unlink()
+    os.mkfifo(ref.folder / "part.safetensors")
+    with pytest.raises(RunFolderError, match="not a regular file"):
+        store.view(ref, "part")
 
 
 def test_only_what_is_asked_for_is_read(

@@ -122,9 +122,9 @@ class TextBudget:
             if not pa.types.is_dictionary(column.type) or not _is_text(column.type.value_type):
                 continue
             for part in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
-                lengths = pc.binary_length(part.dictionary)
-                longest = pc.max(lengths).as_py() or 0
-                self._left -= pc.sum(lengths.take(part.indices)).as_py() or 0
+                lengths = pc.call_function("binary_length", [part.dictionary])
+                longest = pc.call_function("max", [lengths]).as_py() or 0
+                self._left -= pc.call_function("sum", [lengths.take(part.indices)]).as_py() or 0
                 if longest > LONGEST_TEXT or self._left < 0:
                     got = (
                         f"one of {longest:,}"

@@ -30,12 +30,12 @@ class EventFile:
 
     def __init__(self, folder: Path) -> None:
         # a second or two
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._event: Any = Event
-        self._summary: Any = Summary
+        # protobuf makes their classes when they are imported
+        self._event: Any = vars(event_pb2)["Event"]
+        self._summary: Any = vars(summary_pb2)["Summary"]
         folder.mkdir(exist_ok=True)
         places = [int(found[1]) for file in folder.iterdir() if (found := _PLACE.fullmatch(file.name))]
         place = max([int(time.time()), *(known + 1 for known in places)])

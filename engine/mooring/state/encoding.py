@@ -15,6 +15,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from mooring.parsing import parse_json
+from mooring.regular_file import open_regular
 
 # safetensors' names; what is not here cannot be stored
 _DTYPES = {
@@ -185,6 +186,7 @@ class _TensorFile(Mapping[str, Tensor]):
     """The tensors of a safetensors file, each read when it is asked for."""
 
     def __init__(self, file: Path) -> None:
+        open_regular(file).close()  # a pipe would keep the library waiting
         self._file = safe_open(file, framework="pt")
 
     def __getitem__(self, name: str) -> Tensor:
