@@ -80,10 +80,12 @@ def export_saved(source: Path, out: Path) -> str:
     run, ref = _found(source)
     config = load_config(run / "config.toml")
     manifest = Manifest.load(run / "manifest")
+    best = None
     if ref is None:
         saved = load_tree(run / best_weights.FOLDER)
         says = f"the best epoch ({saved['epoch'] + 1}) of {run}"
         weights = buffers = saved["method"]
+        best = best_weights.identity(run, saved["epoch"])
     else:
         says = f"step {ref.step} ({ref.reason}) of {run}"
         weights, buffers = _weights_of(run, ref)
@@ -92,8 +94,8 @@ def export_saved(source: Path, out: Path) -> str:
     encoder, head = method.eval().exported()
     assert isinstance(encoder, Encoder)  # as it was built
     write_model(method, encoder, head, config, manifest.classes, eval_size, out)
-    if ref is None:
-        best_weights.sign_model(out, best_weights.identity(run, saved["epoch"]))
+    if best is not None:
+        best_weights.sign_model(out, best)
     return says
 
 
