@@ -45,9 +45,11 @@ def words(tmp_path: Path) -> list[str]:
 @contextmanager
 def running(words: list[str], folder: Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
     environment = {**os.environ, "MOORING_CACHE": str(folder / "cache")}
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may themselves run under nohup
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
     )
+    signal.signal(signal.SIGHUP, before)
     try:
         yield process
     finally:
