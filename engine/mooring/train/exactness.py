@@ -75,14 +75,25 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Differ
         pairs.append(({"data": saved["data"][:12]}, {"data": now["data"][:12]}))
         pairs.append((_inputs(saved, now), _inputs(now, saved)))
         pairs.append((saved["config"], now["config"]))
+        harmless = _HARMLESS | _later_policy(saved["config"], now["config"])
         for before, after in pairs:
             for name in dict.fromkeys([*after, *before]):
                 old, new = (str(each.get(name, "absent")) for each in (before, after))
                 if old != new:
-                    found.append(Difference(name, old, new, name not in _HARMLESS))
+                    found.append(Difference(name, old, new, name not in harmless))
     except (KeyError, TypeError, AttributeError) as err:
         raise ValueError(f"{type(err).__name__}: {err}") from err
     return found
+
+
+def _later_policy(saved: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
+    """What to do about a step that is not finite, where it can be chosen anew.
+
+    Under ``stop`` none was left out, so what was trained is what ``skip`` would have trained.
+    """
+    if (saved.get("health.nonfinite"), now.get("health.nonfinite")) == (repr("stop"), repr("skip")):
+        return {"health.nonfinite", "health.max_skips"}
+    return set()
 
 
 def _inputs(facts: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, str]:
