@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from bench.accuracy.keep import FOLDER, Record, kept, names
 from bench.accuracy.picture import draw_gains
 from bench.accuracy.step_cost import FILE as STEP_COST
 from bench.environment import ROOT
+from bench.readme_block import with_block
 from bench.records import PLOTS
 from mooring.comparison.table import Line, lines, markdown
 
@@ -33,7 +33,6 @@ _README = {
     "Concept-Tuning and Bi-Tuning on varieties of fruit": ("fine_grained",),
 }
 _BEGIN, _END = "<!-- accuracy -->", "<!-- end of accuracy -->"
-_BLOCK = re.compile(re.escape(_BEGIN) + r"\n.*?" + re.escape(_END), flags=re.DOTALL)
 
 
 def experiments(folder: Path = FOLDER) -> dict[str, tuple[Record, list[Record]]]:
@@ -152,17 +151,6 @@ def step_costs(folder: Path = FOLDER) -> list[Record]:
     """The records of what a step costs."""
     file = folder / STEP_COST
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-
-
-def with_block(readme: str, block: str) -> str:
-    """The README with the tables of the records.
-
-    Raises:
-        ValueError: it has no place for them.
-    """
-    if not _BLOCK.search(readme):
-        raise ValueError(f"README.md must hold {_BEGIN} and {_END}")
-    return _BLOCK.sub(lambda _: block, readme)
 
 
 def main() -> None:

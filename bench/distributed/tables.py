@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.distributed.runs import FOLDER
 from bench.environment import ROOT
+from bench.readme_block import with_block
 
 RESULTS = ROOT / "bench" / "distributed" / "RESULTS.md"
 Record = Mapping[str, Any]
 _BEGIN, _END = "<!-- several ranks -->", "<!-- end of several ranks -->"
-_BLOCK = re.compile(re.escape(_BEGIN) + r"\n.*?" + re.escape(_END), flags=re.DOTALL)
 _BACKENDS = ("ddp", "zero0", "zero1", "zero2", "zero3")
 # What exchanges are for -> the column of the table that they stand in.
 _COLUMNS = {
@@ -268,17 +267,6 @@ def _is_shown(record: Record) -> bool:
     """Whether the README has the row: on the ViT, and not the same as plain fine-tuning's."""
     own = sum(count for name, count in record["handed"].items() if name not in ("gradients", "parameters"))
     return record["kind"] == "vit" and (own > _LITTLE or record["method"] in ("fine_tune", "linear_probe"))
-
-
-def with_block(readme: str, block: str) -> str:
-    """The README with the tables of the records.
-
-    Raises:
-        ValueError: it has no place for them.
-    """
-    if not _BLOCK.search(readme):
-        raise ValueError(f"README.md must hold {_BEGIN} and {_END}")
-    return _BLOCK.sub(lambda _: block, readme)
 
 
 def main() -> None:
